@@ -1,0 +1,1 @@
+"""What is done to a video diffusion model, and where: sites, intervention kinds, families, the traced engine."""
