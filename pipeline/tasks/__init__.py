@@ -1,0 +1,1 @@
+"""Tasks, one file each; importing the package registers every file in it."""

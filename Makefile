@@ -1,0 +1,42 @@
+# make demo: from a fresh clone to a finished effect map and report.   make test: checks and tests.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Ray would start its own environment tooling otherwise; glibc would give memory back after every forward.
+export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
+export RAY_USAGE_STATS_ENABLED = 0
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test lint card train bench clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+demo: setup
+	$(BIN)/stepscope run configs/maze_demo.yaml --store runs/maze_demo.zarr
+	$(BIN)/stepscope effects runs/maze_demo.zarr
+	$(BIN)/stepscope report runs/maze_demo.zarr --out runs/maze_demo_report
+	@echo "Open runs/maze_demo_report/report.html"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+card: setup
+	$(BIN)/python -m pipeline.embedded.evaluate --model pipeline/embedded/maze --out pipeline/embedded/maze/model_card.json --docs docs/model_card.md
+
+train: setup
+	$(BIN)/python -m pipeline.embedded.train --work build/maze_training
+
+clean:
+	rm -rf .venv build runs

@@ -1,0 +1,34 @@
+"""A short calibration: what one row of a denoiser forward costs on this machine, overheads included."""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.models import load_pipeline
+from pipeline.plan import Plan
+from pipeline.replica import Computer
+
+
+def seconds_per_row_forward(plan: Plan) -> float:
+    """Time one batch of the first experiment, after one to warm up.
+
+    Returns
+    -------
+    Seconds of one replica for one row of one denoiser forward.
+    """
+    import torch
+
+    torch.set_num_threads(plan.config.engine.threads)
+    pipe = load_pipeline(plan.model, dtype=plan.config.model.dtype, device=plan.config.model.device)
+    computer = Computer(plan, pipe)
+    record = computer.record(0)
+    grid = plan.grids[0]
+    rows = list(grid.interventions(range(min(grid.shape[0], plan.window(grid))) if grid.shape else None))
+    batches = plan.batches(rows)
+    batch = [rows[i] for i in batches[len(batches) // 2]]
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        computer.engine.fork(record, batch)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) / max(1, plan.batch_forwards(batch))

@@ -1,0 +1,292 @@
+"""The command line: ``stepscope run | plan | status | effects | report | models | tasks | interventions``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = App(
+    name="stepscope",
+    help="Find out where in a video diffusion model's computation the reasoning happens.",
+    help_epilogue="Example: stepscope run configs/maze_demo.yaml && stepscope effects runs/maze_demo.zarr",
+    version_flags=[],
+)
+
+Config = Annotated[Path, Parameter(help="YAML file that describes the sweep.")]
+StorePath = Annotated[Path, Parameter(help="Zarr store of a sweep.")]
+Set = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative="", help="Override a setting, as key.path=value; may be repeated."),
+]
+
+
+@app.command
+def run(
+    config: Config,
+    *,
+    store: Annotated[Path | None, Parameter(help="Where results go; default runs/NAME.zarr.")] = None,
+    set_: Set = None,
+    replicas: Annotated[int | None, Parameter(help="Model replicas; 0 runs in this process without Ray.")] = None,
+) -> int:
+    """Run a sweep, or the rest of one: the same command resumes an interrupted store.
+
+    Replicas are Ray actors on this machine, or on the cluster named by RAY_ADDRESS.
+    Exit code 0: every cell has a value; 1: some failed; 2: bad input; 130: interrupted.
+
+    Example: ``stepscope run configs/maze_demo.yaml --store runs/demo.zarr --set sampler.steps=10``
+    """
+    from pipeline.progress import SweepProgress
+    from pipeline.sweep import inline_executor, ray_executor, run_sweep
+
+    plan, path = _plan(config, set_ or [], store, replicas)
+    executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
+    with SweepProgress() as progress:
+        result = run_sweep(plan, path, make_executor=executor, observe=progress.observe, on_start=progress.start)
+    if result.interrupted:
+        _say(f"Interrupted: {result.done} units are safe in {path}, {result.pending} are left.")
+        _say(f"Resume with: {_again()}")
+        return INTERRUPTED
+    if result.failed:
+        _say(f"{result.failed} units hold failures: {result.failed_cells} cells have no finite value (NaN in {path}).")
+        for text in result.errors[:5]:
+            _say(f"  {text}")
+        _say("Running the same command tries them again.")
+        return FAILED
+    _say(f"Done: {result.done} units in {path} ({result.computed} computed now).")
+    return OK
+
+
+@app.command
+def plan(
+    config: Config,
+    *,
+    set_: Set = None,
+    calibrate: Annotated[bool, Parameter(help="Time a few forwards of the model to estimate the duration.")] = True,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print the plan as JSON.")] = False,
+) -> int:
+    """Say what a sweep would compute, store and take, without running it.
+
+    Example: ``stepscope plan configs/maze_demo.yaml --set task.mazes=100``
+    """
+    planned, path = _plan(config, set_ or [], None, None)
+    cost = planned.cost()
+    facts: dict[str, Any] = {
+        "name": planned.config.name,
+        "model": f"{planned.model.id} ({planned.model.family}, {planned.geometry.blocks} blocks)",
+        "samples": len(planned.samples),
+        "cells": cost.cells,
+        "units": cost.units,
+        "row_forwards": cost.row_forwards,
+        "row_forwards_naive": cost.naive_row_forwards,
+        "bytes": cost.bytes,
+        "store": str(path),
+        "experiments": {g.experiment.name: dict(zip(g.dims, g.shape, strict=True)) for g in planned.grids},
+    }
+    if calibrate:
+        from pipeline.calibrate import seconds_per_row_forward
+
+        seconds = seconds_per_row_forward(planned)
+        facts["seconds_per_row_forward"] = round(seconds, 6)
+        facts["estimated_seconds"] = round(cost.row_forwards * seconds / max(1, planned.config.run.replicas))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return OK
+    for name, shape in facts.pop("experiments").items():
+        print(f"{name:>20}  {' x '.join(f'{d} {n}' for d, n in shape.items()) or 'one cell'}")
+    for key, value in facts.items():
+        print(f"{key.replace('_', ' '):>20}  {value:,}" if isinstance(value, int) else f"{key.replace('_', ' '):>20}  {value}")
+    return OK
+
+
+@app.command
+def status(store: StorePath, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
+    """Show how much of a store is done, pending and failed.
+
+    Example: ``stepscope status runs/maze_demo.zarr``
+    """
+    from pipeline.status import summarise
+
+    rows = summarise(store)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print(f"{'group':>20} {'units':>7} {'done':>7} {'pending':>8} {'failed':>7}")
+        for row in rows:
+            print(f"{row['group']:>20} {row['units']:>7} {row['done']:>7} {row['pending']:>8} {row['failed']:>7}")
+    return FAILED if any(row["failed"] for row in rows) else OK
+
+
+@app.command
+def effects(
+    store: StorePath,
+    *,
+    replicates: Annotated[int, Parameter(help="Bootstrap replicates.")] = 2000,
+    seed: Annotated[int, Parameter(help="Seed of the bootstrap.")] = 0,
+) -> int:
+    """Aggregate a store into effect maps with bootstrap intervals over prompts, written to STORE/effects.
+
+    Example: ``stepscope effects runs/maze_demo.zarr``
+    """
+    from pipeline.effects import compute_effects
+    from pipeline.store import open_store
+
+    open_store(store)
+    written = compute_effects(store, unit="prompt", replicates=replicates, seed=seed)
+    print(f"Wrote {', '.join(written)} to {store}/effects.")
+    return OK
+
+
+@app.command
+def report(
+    store: StorePath,
+    *,
+    out: Annotated[Path | None, Parameter(help="Folder for report.html and its PNGs; default STORE with suffix _report.")] = None,
+) -> int:
+    """Draw a store's effects as one HTML page that opens offline, and as PNG files.
+
+    Example: ``stepscope report runs/maze_demo.zarr --out runs/demo_report``
+    """
+    from pipeline.report import write_report
+    from pipeline.store import open_store
+
+    open_store(store)
+    if not (store / "effects").exists():
+        raise UsageError(f"{store} has no effects yet. Run first: stepscope effects {store}")
+    page = write_report(store, out or store.with_name(store.stem + "_report"))
+    print(f"Wrote {page}.")
+    return OK
+
+
+@app.command
+def models() -> int:
+    """List the embedded models and the model families with their pipeline classes.
+
+    Example: ``stepscope models``
+    """
+    from interventions.families.family import FAMILIES
+    from pipeline.models import EMBEDDED, describe
+
+    for name in EMBEDDED:
+        info = describe(name)
+        print(f"{name}: {info.pipeline_config['_class_name']}, {info.denoiser_config['num_layers']} blocks, in this package")
+    for family in FAMILIES.values():
+        print(f"family {family.name}: {', '.join(family.pipelines)}; components {', '.join(family.components)}")
+    return OK
+
+
+@app.command
+def tasks() -> int:
+    """List the tasks with their settings, and the metrics.
+
+    Example: ``stepscope tasks``
+    """
+    from pipeline import config as _config  # noqa: F401  (registers tasks and metrics)
+    from pipeline.metrics.metric import METRICS
+    from pipeline.tasks.task import TASKS
+
+    for name, cls in TASKS.items():
+        print(f"{name}: {cls.summary}")
+        for key, info in cls.model_fields.items():
+            print(f"  {key} = {info.default!r}")
+    print("metrics:")
+    for metric in METRICS.values():
+        print(f"  {metric.name} ({', '.join(metric.tasks) or 'any task'}): {metric.description}")
+    return OK
+
+
+@app.command
+def interventions() -> int:
+    """List the intervention kinds with their formula, settings and a YAML example.
+
+    Example: ``stepscope interventions``
+    """
+    from interventions import kinds  # noqa: F401  (registers every kind)
+    from interventions.base import KINDS, index_fields
+
+    for name, cls in KINDS.items():
+        print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        print(f"  formula: {cls.formula}")
+        indices = index_fields(cls)
+        for key, info in cls.model_fields.items():
+            if key != "kind":
+                default = "required" if info.is_required() else f"default {info.default!r}"
+                print(f"  {key}: {_type_name(info.annotation)}, {default}{', index' if key in indices else ''}")
+        print("  example:\n" + "\n".join(f"    {line}" for line in cls.example.splitlines()))
+    return OK
+
+
+class UsageError(ValueError):
+    """A command that cannot run as given."""
+
+
+def _plan(config: Path, overrides: list[str], store: Path | None, replicas: int | None) -> tuple[Plan, Path]:
+    from pipeline.config import load_config
+    from pipeline.plan import make_plan
+
+    if replicas is not None:
+        overrides = [*overrides, f"run.replicas={replicas}"]
+    loaded = load_config(config, overrides)
+    return make_plan(loaded, config), store or Path("runs") / f"{loaded.name}.zarr"
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _again() -> str:
+    import shlex
+
+    return shlex.join(["stepscope", *sys.argv[1:]])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _bad_input() -> tuple[type[Exception], ...]:
+    from cluster.pool import PoolError
+    from pipeline.config import ConfigError
+    from pipeline.models import ModelError
+    from pipeline.store import StoreError
+
+    return ConfigError, ModelError, StoreError, PoolError, UsageError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors of the user are one message, never a traceback."""
+    try:
+        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _say(f"stepscope: {' '.join(str(error).split())}")
+        return BAD_INPUT
+    call: Callable[..., Any] = command
+    try:
+        code = call(*bound.args, **bound.kwargs)
+    except KeyboardInterrupt:
+        _say("Interrupted.")
+        return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, _bad_input()):
+            _say(f"stepscope: {error}")
+            return BAD_INPUT
+        raise
+    return code if isinstance(code, int) else OK
+
+
+def console() -> None:
+    """Entry point of the ``stepscope`` script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,224 @@
+"""The sweep config: YAML to frozen models, with every error at once, its line, key path and what is allowed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline import metrics as _metrics  # noqa: F401  (registers every metric)
+from pipeline.experiment import Experiment, ExperimentError, Problem, parse, unknown
+from pipeline.metrics.metric import METRICS
+from pipeline.tasks import maze as _maze  # noqa: F401  (registers the task)
+from pipeline.tasks.task import TASKS, Sampler, Task
+from pipeline.yaml_source import Loc, SourceError, line_of, read_file, read_value
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message has one line for each problem."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """Which model, in which precision.
+
+    ``id`` is an embedded model, a diffusers folder or a hub name.
+    """
+
+    id: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class EngineConfig(_Frozen):
+    """What may change results in their last digits, and therefore belongs to the config's identity."""
+
+    batch_rows: Annotated[int, Field(ge=1, description="rows of one denoiser forward")] = 18
+    threads: Annotated[int, Field(ge=1, description="CPU threads of a replica")] = 1
+
+
+class PreviewConfig(_Frozen):
+    """Which samples keep decoded clean estimates, and which intervention the patched film strip shows."""
+
+    samples: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    patched: dict[str, Any] = Field(default_factory=dict)
+
+
+class RunConfig(_Frozen):
+    """Where and how a sweep runs; never changes a result."""
+
+    replicas: Annotated[int, Field(ge=0, description="0 runs in this process, without Ray")] = 2
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+
+
+class SweepConfig(_Frozen):
+    """A whole sweep. ``run`` is left out of the identity hash; everything else is in it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    model: ModelConfig
+    task: dict[str, Any]
+    sampler: Sampler = Sampler()
+    engine: EngineConfig = EngineConfig()
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)]
+    experiments: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    previews: PreviewConfig = PreviewConfig()
+    unit_cells: Annotated[int, Field(ge=1, description="cells a unit should reach")] = 180
+    run: RunConfig = RunConfig()
+
+    def build_task(self) -> Task:
+        """Return the validated task."""
+        return TASKS[self.task["name"]](**self.task)
+
+    def build_experiments(self) -> list[Experiment]:
+        """Return the experiments in config order."""
+        return [parse(name, raw) for name, raw in self.experiments.items()]
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that can change a result, JSON-able, with defaults filled in."""
+        data = self.model_dump(mode="json", exclude={"run"})
+        data["task"] = self.build_task().model_dump(mode="json")
+        data["model"].pop("device")
+        return data
+
+    def hash(self) -> str:
+        """Return the sha256 of the canonical JSON of ``identity``."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a config file, apply ``a.b=value`` overrides, validate.
+
+    Raises
+    ------
+    ConfigError : one line for each problem, ``file:line: key.path: what is wrong and what is allowed``.
+    """
+    try:
+        raw, lines = read_file(path)
+    except SourceError as error:
+        raise ConfigError(str(error)) from error
+    overridden = {loc for text in overrides for loc in [_override(raw, text)]}
+    return validate(raw, lines, str(path), overridden)
+
+
+def validate(
+    raw: Mapping[str, Any], lines: Mapping[Loc, int], name: str, overridden: set[Loc] | None = None
+) -> SweepConfig:
+    """Validate raw settings; see ``load_config``."""
+    config: SweepConfig | None = None
+    problems: list[Problem] = []
+    try:
+        config = SweepConfig.model_validate(raw)
+    except ValidationError as error:
+        problems += _translate(error, SweepConfig, ())
+    problems += _task_problems(raw.get("task"))
+    problems += _metric_problems(raw)
+    problems += _experiment_problems(raw.get("experiments"))
+    if problems or config is None:
+        raise ConfigError(format_problems(problems, lines, name, overridden or set()))
+    return config
+
+
+def format_problems(
+    problems: Sequence[Problem], lines: Mapping[Loc, int], name: str, overridden: set[Loc] | None = None
+) -> str:
+    """Format problems one a line, in the order of the file."""
+    rows = []
+    for loc, text in problems:
+        line = line_of(loc, dict(lines))
+        by_option = any(loc[: len(o)] == o for o in overridden or ())
+        place = "--set" if by_option else f"{name}:{line}" if line else name
+        rows.append((line or 0, f"{place}: {'.'.join(map(str, loc)) or 'config'}: {text}"))
+    return "\n".join(text for _, text in sorted(dict.fromkeys(rows)))
+
+
+def _override(raw: dict[str, Any], text: str) -> Loc:
+    key, equals, value = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"--set {text!r}: expected key.path=value, for example --set sampler.steps=10")
+    node: Any = raw
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {text!r}: {part} is {node!r}, not a mapping, so {key} cannot be set in it")
+    try:
+        node[path[-1]] = read_value(value)
+    except Exception as error:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML") from error
+    return path
+
+
+def _task_problems(raw: Any) -> list[Problem]:
+    if not isinstance(raw, dict):
+        return []  # the type error is reported by the main model
+    if raw.get("name") not in TASKS:
+        return [(("task", "name"), unknown("task", raw.get("name"), TASKS))]
+    try:
+        TASKS[raw["name"]].model_validate(raw)
+    except ValidationError as error:
+        return _translate(error, TASKS[raw["name"]], ("task",))
+    return []
+
+
+def _metric_problems(raw: Mapping[str, Any]) -> list[Problem]:
+    names, task = raw.get("metrics"), raw.get("task")
+    task_name = task.get("name") if isinstance(task, dict) else None
+    if not isinstance(names, list):
+        return []
+    known = [m.name for m in METRICS.values() if not m.tasks or task_name in m.tasks]
+    found: list[Problem] = [
+        (("metrics", i), unknown("metric", n, known)) for i, n in enumerate(names) if isinstance(n, str) and n not in known
+    ]
+    if len(set(map(str, names))) != len(names):
+        found.append((("metrics",), f"a metric is listed twice: {names}"))
+    return found
+
+
+RESERVED = ("samples", "baseline", "previews", "effects")
+
+
+def _experiment_problems(raw: Any) -> list[Problem]:
+    problems: list[Problem] = []
+    for name, entry in raw.items() if isinstance(raw, dict) else ():
+        if name in RESERVED or not str(name).replace("_", "").replace("-", "").isalnum():
+            problems.append(
+                (("experiments", name), f"an experiment cannot be named {name!r}; use letters, digits, _ and -, and none of {', '.join(RESERVED)}")
+            )
+        try:
+            parse(str(name), entry)
+        except ExperimentError as error:
+            problems += error.problems
+    return problems
+
+
+def _translate(error: ValidationError, model: type[BaseModel], prefix: Loc) -> list[Problem]:
+    problems: list[Problem] = []
+    for item in error.errors():
+        loc: Loc = (*prefix, *item["loc"])
+        if item["type"] == "extra_forbidden":
+            text = unknown("key", item["loc"][-1], _fields_at(model, item["loc"][:-1]))
+        elif item["type"] == "missing":
+            loc, text = loc[:-1], f"{item['loc'][-1]} is missing"
+        else:
+            text = f"{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+        problems.append((loc, text))
+    return problems
+
+
+def _fields_at(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    for part in loc:
+        info = model.model_fields.get(str(part))
+        if info is None or not (isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)):
+            return []
+        model = info.annotation
+    return list(model.model_fields)

@@ -1,0 +1,142 @@
+"""Intervals and p-values over experimental units: a bootstrap as one matrix product, sign flips, and BH-FDR.
+
+Every function takes one row per experimental unit (a prompt) and one column per cell. NaN marks a unit without a
+value in a cell; it gets weight 0 there.
+
+Caveats
+-------
+The percentile bootstrap covers less than its nominal level when there are few units: with 8 prompts a 95 % interval
+of a mean covers about 88 to 90 %, with 20 about 93 %. It cannot see beyond the prompts it was given. A ratio
+(recovery) has heavy tails when the gap between the two runs is small against its own spread; look at the interval
+of the gap first. The sign-flip test assumes that an effect of zero is symmetric around zero, and with n units its
+smallest possible p is 2 ** (1 - n): below six prompts nothing can reach 0.05.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+SMALLEST_GAP = 1e-6
+"""Mean difference between two runs below which a recovery is undefined."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """An estimate per cell with the bounds of its interval, NaN where undefined."""
+
+    value: Floats
+    low: Floats
+    high: Floats
+
+
+def resample_counts(units: int, *, replicates: int, seed: int) -> Floats:
+    """Draw how often each unit occurs in each bootstrap replicate, (replicates, units).
+
+    Raises
+    ------
+    ValueError : there is no unit or no replicate to draw.
+    """
+    if units < 1 or replicates < 1:
+        raise ValueError(f"nothing to resample: {units} units, {replicates} replicates. Both must be at least 1.")
+    draws = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=replicates)
+    return draws.astype(np.float64)
+
+
+def bootstrap_mean(values: Floats, counts: Floats, *, level: float) -> Interval:
+    """Estimate the mean over units with a percentile interval.
+
+    Parameters
+    ----------
+    values : (units, cells).
+    counts : from ``resample_counts``; sharing it between cells keeps their dependence.
+    level : confidence level, between 0 and 1.
+    """
+    return _ratio(values, np.isfinite(values).astype(np.float64), counts, level, smallest=0.0)
+
+
+def bootstrap_ratio(numerator: Floats, denominator: Floats, counts: Floats, *, level: float) -> Interval:
+    """Estimate the ratio of means over units, numerator and denominator resampled together.
+
+    A unit counts only where both are finite. NaN where the mean denominator is smaller than ``SMALLEST_GAP``,
+    in the estimate as in single replicates.
+    """
+    both = np.isfinite(numerator) & np.isfinite(denominator)
+    top = np.where(both, numerator, np.nan)
+    bottom = np.where(both, denominator, 0.0)
+    smallest = SMALLEST_GAP * np.maximum(both.sum(axis=0), 1)
+    return _ratio(top, bottom, counts, level, smallest=smallest)
+
+
+def _ratio(
+    numerator: Floats, denominator: Floats, counts: Floats, level: float, *, smallest: float | Floats
+) -> Interval:
+    finite = np.isfinite(numerator)
+    top, n = np.where(finite, numerator, 0.0), finite.sum(axis=0)
+    value = _divide(top.sum(axis=0), denominator.sum(axis=0), smallest)
+    value = np.where(n > 0, value, np.nan)
+    draws = _divide(counts @ top, counts @ denominator, smallest)
+    low, high = _quantiles(draws, level)
+    # One unit resamples to itself: an interval of width zero would claim certainty.
+    known = np.isfinite(value) & (n > 1)
+    return Interval(value=value, low=np.where(known, low, np.nan), high=np.where(known, high, np.nan))
+
+
+def _divide(top: Floats, bottom: Floats, smallest: float | Floats) -> Floats:
+    usable = np.abs(bottom) > smallest
+    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=usable)
+
+
+def _quantiles(draws: Floats, level: float) -> tuple[Floats, Floats]:
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    whole = np.isfinite(draws).all(axis=0)
+    # nanquantile is about a thousand times slower than quantile, so only incomplete columns take it.
+    low, high = np.quantile(draws, tails, axis=0)
+    for column in np.flatnonzero(~whole):
+        kept = draws[:, column][np.isfinite(draws[:, column])]
+        low[column], high[column] = np.quantile(kept, tails) if kept.size else (np.nan, np.nan)
+    return low, high
+
+
+def sign_flip_p(values: Floats, *, replicates: int, seed: int) -> Floats:
+    """Test per cell that the mean over units is zero, two-sided, by flipping the signs of whole units.
+
+    All sign patterns are used when there are at most ``replicates`` of them, else ``replicates`` random ones.
+    NaN where no unit has a value.
+    """
+    finite = np.isfinite(values)
+    kept = np.where(finite, values, 0.0)
+    signs, exact = _sign_patterns(len(values), replicates, seed)
+    observed = np.abs(kept.sum(axis=0))
+    # The identity pattern must count as at least as extreme as itself, whatever the rounding of the product.
+    tolerance = 1e-12 * np.abs(kept).sum(axis=0)
+    extreme = (np.abs(signs @ kept) >= observed - tolerance).sum(axis=0)
+    p = extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
+    return np.where(finite.any(axis=0), p, np.nan)
+
+
+def _sign_patterns(units: int, replicates: int, seed: int) -> tuple[Floats, bool]:
+    if 2**units <= replicates:
+        bits = (np.arange(2**units)[:, None] >> np.arange(units)) & 1
+        return 1.0 - 2.0 * bits, True
+    draws = np.random.default_rng(seed).integers(0, 2, size=(replicates, units))
+    return 1.0 - 2.0 * draws, False
+
+
+def benjamini_hochberg(p: Floats) -> Floats:
+    """Adjust p-values for the false discovery rate over all finite entries; NaN stays NaN.
+
+    Controls the rate under independence and positive dependence, the usual case on a smooth map.
+    """
+    flat = np.asarray(p, dtype=np.float64).ravel()
+    out = np.full(flat.shape, np.nan)
+    known = np.flatnonzero(np.isfinite(flat))
+    if known.size:
+        order = known[np.argsort(flat[known], kind="stable")]
+        scaled = flat[order] * known.size / np.arange(1, known.size + 1)
+        out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return out.reshape(np.shape(p))

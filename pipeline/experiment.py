@@ -1,0 +1,247 @@
+"""An experiment: one intervention kind with some fields fixed and the others swept as axes of a grid."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from interventions import kinds as _kinds  # noqa: F401  (registers every kind)
+from interventions.base import KINDS, Intervention, index_fields
+from interventions.sites import Geometry
+from pipeline.yaml_source import Loc
+
+_SLICE = re.compile(r"^(-?\d*):(-?\d*)(?::(\d+))?$")
+LEADING_AXIS = "step"
+"""The axis along which units are cut comes first in every array."""
+
+Problem = tuple[Loc, str]
+"""Where in the config something is wrong, and what."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """A validated experiment whose index ranges may still be open ("all" or a slice).
+
+    Attributes
+    ----------
+    name : group in the store.
+    kind : intervention kind.
+    fixed : field values equal for all cells.
+    axes : swept fields with their values, ``step`` first; a string is an open range along a coordinate.
+    """
+
+    name: str
+    kind: str
+    fixed: tuple[tuple[str, Any], ...]
+    axes: tuple[tuple[str, tuple[Any, ...] | str], ...]
+
+    @property
+    def cls(self) -> type[Intervention]:
+        """The intervention class."""
+        return KINDS[self.kind]
+
+    def bind(self, geometry: Geometry) -> Grid:
+        """Resolve open ranges against a model and check every index and every cell.
+
+        Raises
+        ------
+        ExperimentError : with every problem found, each naming the key and the range.
+        """
+        problems: list[Problem] = []
+        fields = index_fields(self.cls)
+        axes: list[tuple[str, tuple[Any, ...]]] = []
+        for name, values in self.axes:
+            if isinstance(values, str):
+                values = _resolve(values, geometry.indices(fields[name]))
+                if not values:
+                    problems.append(((name,), f"selects nothing of {_range(geometry, fields[name])}"))
+            axes.append((name, tuple(values)))
+        for name, values in [*axes, *((n, (v,)) for n, v in self.fixed)]:
+            problems += _out_of_range(name, values, fields, geometry)
+        grid = Grid(experiment=self, geometry=geometry, axes=tuple(axes))
+        if not problems:
+            problems = grid.check()
+        if problems:
+            raise ExperimentError([(("experiments", self.name, *loc), text) for loc, text in problems])
+        return grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """An experiment on a known geometry: every axis has its values, every cell its intervention."""
+
+    experiment: Experiment
+    geometry: Geometry
+    axes: tuple[tuple[str, tuple[Any, ...]], ...]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the axes, in array order."""
+        return tuple(name for name, _ in self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+        return tuple(len(values) for _, values in self.axes)
+
+    @property
+    def cells(self) -> int:
+        """Cells of one sample."""
+        return math.prod(self.shape)
+
+    def intervention(self, index: tuple[int, ...]) -> Intervention:
+        """Return the intervention of one cell by its position along each axis."""
+        values = {name: values[i] for (name, values), i in zip(self.axes, index, strict=True)}
+        return self.experiment.cls(kind=self.experiment.kind, **dict(self.experiment.fixed), **values)
+
+    def interventions(self, lead: range | None = None) -> Iterator[Intervention]:
+        """Yield interventions in C order, optionally for a window of the first axis only."""
+        ranges = [range(n) for n in self.shape]
+        if lead is not None and ranges:
+            ranges[0] = lead
+        for index in itertools.product(*ranges):
+            yield self.intervention(index)
+
+    def check(self) -> list[Problem]:
+        """Build every cell once and return what the kind's own rules refuse, each rule once."""
+        found: dict[str, Problem] = {}
+        for index in itertools.product(*(range(n) for n in self.shape)):
+            try:
+                self.intervention(index)
+            except ValidationError as error:
+                for item in error.errors():
+                    text = item["msg"].removeprefix("Value error, ")
+                    found.setdefault(text, (tuple(item["loc"]), text))
+        return list(found.values())
+
+
+class ExperimentError(ValueError):
+    """One or more problems in experiments, each with its key path."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("; ".join(f"{'.'.join(map(str, loc))}: {text}" for loc, text in problems))
+        self.problems = problems
+
+
+def parse(name: str, raw: Any) -> Experiment:
+    """Validate one entry of ``experiments``.
+
+    Raises
+    ------
+    ExperimentError : with every problem found.
+    """
+    where: Loc = ("experiments", name)
+    if not isinstance(raw, dict):
+        raise ExperimentError([(where, f"expected a mapping with `kind`, got {raw!r}")])
+    kind = raw.get("kind")
+    if kind not in KINDS:
+        raise ExperimentError([((*where, "kind"), unknown("intervention", kind, KINDS))])
+    cls = KINDS[str(kind)]
+    problems: list[Problem] = []
+    fixed: dict[str, Any] = {}
+    axes: dict[str, tuple[Any, ...] | str] = {}
+    for field, value in raw.items():
+        if field == "kind":
+            continue
+        if field not in cls.model_fields:
+            problems.append(((*where, field), unknown("key", field, [f for f in cls.model_fields if f != "kind"])))
+        elif isinstance(value, str) and field in index_fields(cls) and (value == "all" or _SLICE.match(value)):
+            axes[field] = value
+        elif isinstance(value, list):
+            axes[field] = tuple(_checked(cls, field, v, (*where, field, i), problems) for i, v in enumerate(value))
+            problems += _list_problems(value, (*where, field))
+        else:
+            fixed[field] = _checked(cls, field, value, (*where, field), problems)
+    for field, info in cls.model_fields.items():
+        if info.is_required() and field not in raw:
+            problems.append((where, f"{field} is missing; example:\n{cls.example}" if cls.example else f"{field} is missing"))
+    if problems:
+        raise ExperimentError(problems)
+    ordered = sorted(axes.items(), key=lambda item: item[0] != LEADING_AXIS)
+    return Experiment(name=name, kind=str(kind), fixed=tuple(fixed.items()), axes=tuple(ordered))
+
+
+def unknown(what: str, value: Any, known: Any) -> str:
+    """Say that a name is not known, with the nearest one or all of them."""
+    names = [str(k) for k in known]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {value!r}: {hint}allowed: {', '.join(names)}"
+
+
+def _checked(cls: type[Intervention], field: str, value: Any, loc: Loc, problems: list[Problem]) -> Any:
+    info = cls.model_fields[field]
+    adapter: TypeAdapter[Any] = TypeAdapter(_annotated(info))
+    try:
+        return adapter.validate_python(value, strict=not isinstance(value, int))
+    except ValidationError as error:
+        allowed = f"; a list sweeps it{', `all` or a slice such as `2:8` too' if field in index_fields(cls) else ''}"
+        problems.append((loc, f"{_first_message(error)}, got {value!r}{allowed}"))
+        return value
+
+
+def _annotated(info: Any) -> Any:
+    from typing import Annotated
+
+    annotation = info.annotation
+    for mark in info.metadata:
+        annotation = Annotated[annotation, mark]
+    return annotation
+
+
+def _first_message(error: ValidationError) -> str:
+    items = [item for item in error.errors() if item["type"] != "none_required"]
+    messages = dict.fromkeys(item["msg"] for item in items)
+    return " or ".join(messages)
+
+
+def _list_problems(values: list[Any], loc: Loc) -> list[Problem]:
+    if not values:
+        return [(loc, "an empty list sweeps nothing; give at least one value")]
+    if len({repr(v) for v in values}) != len(values):
+        return [(loc, f"a value is listed twice: {values}")]
+    return []
+
+
+def _resolve(text: str, indices: tuple[int, ...]) -> tuple[int, ...]:
+    if text == "all":
+        return indices
+    match = _SLICE.match(text)
+    assert match is not None
+    start, stop, stride = (int(g) if g else None for g in match.groups())
+    # A slice is in the coordinate's own numbers: "1:" keeps indices from 1 on, "-3:" the last three.
+    last = indices[-1] + 1
+    low = indices[0] if start is None else start if start >= 0 else last + start
+    high = last if stop is None else stop if stop >= 0 else last + stop
+    kept = [i for i in indices if low <= i < high]
+    return tuple(kept[:: stride or 1])
+
+
+def _out_of_range(name: str, values: Any, fields: dict[str, str], geometry: Geometry) -> list[Problem]:
+    if name == "component":
+        bad = [v for v in values if v not in geometry.components]
+        return [((name,), unknown("component", v, geometry.components)) for v in bad]
+    if name == "branch":
+        known = (*geometry.branches, "both")
+        return [((name,), f"branch {v!r} is not computed by this sampler; it has {', '.join(known)}") for v in values if v not in known]
+    if name not in fields:
+        return []
+    legal = geometry.indices(fields[name])
+    return [
+        ((name,), f"{v} is out of range; this model and sampler have {_range(geometry, fields[name])}")
+        for v in values
+        if v is not None and v not in legal
+    ]
+
+
+def _range(geometry: Geometry, coordinate: str) -> str:
+    legal = geometry.indices(coordinate)
+    note = f" (frame 0 to {legal[0] - 1} is given)" if coordinate == "frame" and legal and legal[0] else ""
+    return f"{coordinate}s {legal[0]} to {legal[-1]}{note}" if legal else f"no {coordinate}s"

@@ -1,0 +1,115 @@
+"""What a metric is: a named function of decoded videos and final latents, one number a row, found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.samples import Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricInput:
+    """A batch of rows of one sample, and the two recorded runs they are compared with.
+
+    Attributes
+    ----------
+    video : decoded by the task, (rows, frames, y, x, 3), RGB 0 to 255.
+    latents : (rows, C, F, H, W).
+    clean, corrupted : final latents of the recorded runs, (C, F, H, W).
+    sample : the problem.
+    """
+
+    video: NDArray[np.float32]
+    latents: NDArray[np.float32]
+    clean: NDArray[np.float32]
+    corrupted: NDArray[np.float32]
+    sample: Sample
+
+
+Compute = Callable[[MetricInput], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A registered metric.
+
+    Attributes
+    ----------
+    name : name in configs and of the store's variable. long_name : label of axes and colour bars.
+    description : the definition in one or two sentences, kept in the store's attributes.
+    tasks : names of the tasks it is defined for; empty for any task.
+    compute : one value a row; a registered metric is NaN for rows that hold a non-finite number.
+    floor : value for a video that does nothing (a static first frame), None where that has no meaning.
+    """
+
+    name: str
+    long_name: str
+    description: str
+    tasks: tuple[str, ...]
+    compute: Compute
+    floor: Callable[[Sample], float] | None = None
+
+    def defined_for(self, task: str) -> bool:
+        """Whether the metric can be computed on samples of a task."""
+        return not self.tasks or task in self.tasks
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Register a metric under its name and return it as registered: guarded against non-finite rows.
+
+    Raises
+    ------
+    ValueError : the name is taken.
+    """
+    if metric.name in METRICS:
+        raise ValueError(f"metric {metric.name!r} is registered twice. Give one of the two another name.")
+    guarded = replace(metric, compute=_finite_rows_only(metric.name, metric.compute))
+    METRICS[metric.name] = guarded
+    return guarded
+
+
+def _finite_rows_only(name: str, compute: Compute) -> Compute:
+    # A NaN pixel has a nearest palette colour and a NaN video a last frame: without the guard, a run that
+    # overflowed would be stored as a plain failure to solve.
+    def guarded(given: MetricInput) -> NDArray[np.float64]:
+        rows = len(given.video)
+        finite = _finite(given.video) & _finite(given.latents)
+        values = np.full(rows, np.nan)
+        if finite.any():
+            computed = compute(replace(given, video=given.video[finite], latents=given.latents[finite]))
+            if computed.shape != (int(finite.sum()),):
+                raise ValueError(
+                    f"metric {name!r} returned shape {computed.shape} for {int(finite.sum())} rows. "
+                    "Return one value a row."
+                )
+            values[finite] = computed
+        return values
+
+    return guarded
+
+
+def _finite(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    return np.isfinite(values).reshape(len(values), -1).all(axis=1)
+
+
+def projection(
+    values: NDArray[np.floating], zero: NDArray[np.floating], one: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Return where rows lie along the segment from ``zero`` to ``one``: <x - b, a - b> / |a - b|^2.
+
+    0 at ``zero``, 1 at ``one``, outside [0, 1] beyond the ends; NaN if the ends coincide.
+    """
+    direction = (one.astype(np.float64) - zero).ravel()
+    squared = float(direction @ direction)
+    if squared == 0:
+        return np.full(len(values), np.nan)
+    offsets = (values.astype(np.float64) - zero).reshape(len(values), -1)
+    result: NDArray[np.float64] = offsets @ direction / squared
+    return result

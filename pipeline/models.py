@@ -1,0 +1,147 @@
+"""Where models come from: embedded ones, diffusers folders and hub names, all through ``from_pretrained``."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interventions import families as _families  # noqa: F401  (registers every family)
+from interventions.families.family import UnknownFamily, family_of
+from interventions.sites import Geometry
+from pipeline.tasks.task import Sampler, Task
+
+EMBEDDED = {"embedded:maze": Path(__file__).parent / "embedded" / "maze"}
+
+
+class ModelError(ValueError):
+    """A model id that cannot be turned into a pipeline; the message says what would be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model as its files describe it, without loading weights.
+
+    Attributes
+    ----------
+    id : as written in the config. folder : diffusers folder. family : name of the adapter.
+    pipeline_config, denoiser_config : parsed ``model_index.json`` and the denoiser's ``config.json``.
+    fingerprint : sha256 over the denoiser's weight files.
+    """
+
+    id: str
+    folder: Path
+    family: str
+    pipeline_config: dict[str, Any]
+    denoiser_config: dict[str, Any]
+    fingerprint: str
+
+    def geometry(self, task: Task, sampler: Sampler) -> Geometry:
+        """Return the extent of a run of this model on a task."""
+        return family_of(self.pipeline_config["_class_name"]).geometry(
+            self.pipeline_config,
+            self.denoiser_config,
+            steps=sampler.steps,
+            guidance_scale=sampler.guidance_scale,
+            latent_shape=task.latent_shape(),
+        )
+
+
+def resolve(model_id: str) -> Path:
+    """Turn a model id into a local diffusers folder, downloading a hub name if needed.
+
+    Raises
+    ------
+    ModelError : no such embedded model or folder, or the hub did not give it.
+    """
+    if model_id in EMBEDDED:
+        return EMBEDDED[model_id]
+    if model_id.startswith("embedded:"):
+        near = difflib.get_close_matches(model_id, EMBEDDED, n=1, cutoff=0.3)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(EMBEDDED)}."
+        raise ModelError(f"unknown embedded model {model_id!r}.{hint}")
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
+        raise ModelError(
+            f"unknown model {model_id!r}: not an embedded model ({', '.join(EMBEDDED)}), not a folder, "
+            "not a hub name like owner/name."
+        )
+    return _download(model_id)
+
+
+def _download(name: str) -> Path:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(name, use_safetensors=True))
+    except Exception as error:
+        raise ModelError(f"model {name!r} could not be fetched from the hub: {type(error).__name__}: {error}") from error
+
+
+def describe(model_id: str) -> ModelInfo:
+    """Read a model's configuration files.
+
+    Raises
+    ------
+    ModelError : not a diffusers folder, or no family adapter covers its pipeline class.
+    """
+    folder = resolve(model_id)
+    index = folder / "model_index.json"
+    if not index.exists():
+        raise ModelError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json.")
+    pipeline_config = json.loads(index.read_text())
+    try:
+        family = family_of(pipeline_config.get("_class_name", "?"))
+    except UnknownFamily as error:
+        raise ModelError(f"model {model_id!r}: {error}") from error
+    denoiser = folder / family.denoiser
+    return ModelInfo(
+        id=model_id,
+        folder=folder,
+        family=family.name,
+        pipeline_config=pipeline_config,
+        denoiser_config=json.loads((denoiser / "config.json").read_text()),
+        fingerprint=_fingerprint(sorted(denoiser.glob("*.safetensors"))),
+    )
+
+
+def _fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def load_pipeline(info: ModelInfo, *, dtype: str, device: str) -> Any:
+    """Load the pipeline with diffusers' own loader (safetensors only, no remote code) onto a device.
+
+    Parameters
+    ----------
+    dtype : "float32", "bfloat16" or "float16". device : "auto", "cpu" or "cuda".
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    # diffusers loads a component class only from a module that is already imported, never from one a folder names.
+    import pipeline.embedded.codec  # noqa: F401
+
+    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    # A codec in place of the VAE and T5 in place of UMT5 are meant; diffusers would warn of each at every load.
+    logging.set_verbosity_error()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = DiffusionPipeline.from_pretrained(
+        str(info.folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)

@@ -1,0 +1,81 @@
+"""Progress of a sweep: a live bar with ETA on a terminal, plain lines elsewhere. An observer of pool events."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
+from pipeline.plan import Unit
+
+PLAIN_SECONDS = 10.0
+"""How often a line is printed where there is no terminal."""
+
+
+class SweepProgress:
+    """Show units done, cells, rate and time left; use as a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.total = self.done = self.cells = self.failed_cells = 0
+        self._started = self._last_line = time.monotonic()
+        self._live = self.console.is_terminal
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("units, {task.fields[cells]} cells"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("sweep", total=None, cells=0)
+
+    def __enter__(self) -> SweepProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def start(self, todo: int, total: int) -> None:
+        """Announce how much there is to do."""
+        self.total = todo
+        self._started = time.monotonic()
+        self._progress.update(self._task, total=todo)
+        held = total - todo
+        self._say(f"{todo} of {total} units to run" + (f", {held} already in the store" if held else ""))
+
+    def observe(self, event: Event, unit: Unit | None) -> None:
+        """Take one event."""
+        if isinstance(event, UnitDone):
+            self.done += 1
+            self.cells += event.receipt.cells
+            self.failed_cells += event.receipt.failed
+            self._progress.update(self._task, advance=1, cells=self.cells)
+        elif isinstance(event, UnitFailed):
+            self.done += 1
+            self._progress.update(self._task, advance=1)
+            self._say(f"unit {event.unit} failed after {event.attempts} attempts: {event.error}")
+        elif isinstance(event, UnitRetried):
+            self._say(f"unit {event.unit} will be tried again: {event.error}")
+        elif isinstance(event, ReplicaLost):
+            self._say(f"replica {event.replica} was lost: {event.error}")
+        self._line()
+
+    def _line(self) -> None:
+        now = time.monotonic()
+        if self._live or (now - self._last_line < PLAIN_SECONDS and self.done < self.total):
+            return
+        self._last_line = now
+        elapsed = now - self._started
+        left = elapsed / self.done * (self.total - self.done) if self.done else float("nan")
+        self._say(f"{self.done}/{self.total} units, {self.cells} cells, {elapsed:.0f} s, about {left:.0f} s left")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)

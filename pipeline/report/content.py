@@ -1,0 +1,152 @@
+"""What a report shows, read from a store: whatever is there, and a list of what is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from pipeline.effects.experiment import NOT_EXPERIMENTS, open_group
+from pipeline.effects.inference import Interval, bootstrap_mean, resample_counts
+from pipeline.effects.maps import ALL_PAIRS
+from pipeline.effects.state import GroupedMoments, Key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """The parts of a store that a report reads; None or absent where the store lacks them.
+
+    Attributes
+    ----------
+    attrs : root attributes. config : the sweep config from them.
+    experiments : experiment groups in config order, metrics not loaded. effects : their effects.
+    missing : sentences about what is not there.
+    """
+
+    attrs: dict[str, Any]
+    config: dict[str, Any]
+    samples: xr.Dataset | None
+    baseline: xr.Dataset | None
+    previews: xr.Dataset | None
+    experiments: dict[str, xr.Dataset]
+    effects: dict[str, xr.Dataset]
+    missing: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, store_path: str | Path) -> Sweep:
+        """Read a store.
+
+        Raises
+        ------
+        FileNotFoundError : there is no store at the path.
+        """
+        try:
+            root = zarr.open_group(str(store_path), mode="r", use_consolidated=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no store at {store_path}. Give the folder that `stepscope run` wrote.") from error
+        groups = set(root.group_keys())
+        attrs = dict(root.attrs)
+        config = as_mapping(attrs.get("config_json"))
+        names = in_order(groups - NOT_EXPERIMENTS, config.get("experiments", {}))
+        computed = set(root["effects"].group_keys()) if "effects" in groups else set()  # type: ignore[union-attr]
+        return cls(
+            attrs=attrs,
+            config=config,
+            samples=open_group(store_path, "samples").load() if "samples" in groups else None,
+            baseline=open_group(store_path, "baseline").load() if "baseline" in groups else None,
+            previews=open_group(store_path, "previews") if "previews" in groups else None,
+            experiments={n: open_group(store_path, n) for n in names},
+            effects={n: open_group(store_path, f"effects/{n}").load() for n in names if n in computed},
+            missing=_missing(groups, names, computed),
+        )
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics in config order, then any other that has a baseline or an effect."""
+        found = [n for n, v in (self.baseline or {}).items() if v.dims == ("sample", "run")]
+        for effects in self.effects.values():
+            found += effect_metrics(effects)
+        return in_order(set(map(str, found)), self.config.get("metrics", ()))
+
+    def long_name(self, metric: str) -> str:
+        """Return a metric's label for axes and headings."""
+        return str(self._about(metric).get("long_name", metric.replace("_", " ")))
+
+    def description(self, metric: str) -> str:
+        """Return a metric's definition, empty if the store records none."""
+        return str(self._about(metric).get("description", ""))
+
+    def _about(self, metric: str) -> Mapping[Any, Any]:
+        for dataset in (self.baseline, *self.experiments.values()):
+            if dataset is not None and metric in dataset:
+                return dataset[metric].attrs
+        return {}
+
+    @property
+    def pairs(self) -> list[str]:
+        """Pair kinds of the samples, "all" first."""
+        if self.samples is None:
+            return [ALL_PAIRS]
+        return [ALL_PAIRS, *dict.fromkeys(str(p) for p in self.samples["pair"].values)]
+
+    def keys(self) -> list[Key]:
+        """Return (pair, prompt) per sample."""
+        assert self.samples is not None
+        pair, prompt = self.samples["pair"].values, self.samples["prompt"].values
+        return [(str(a), str(b)) for a, b in zip(pair, prompt, strict=True)]
+
+    def over_prompts(self, values: xr.DataArray, pair: str, *, level: float = 0.95) -> Interval:
+        """Average values with ``sample`` as first dimension over seeds, then over the prompts of a pair kind."""
+        array = np.asarray(values.values, dtype=np.float64)
+        grouped = GroupedMoments.of(array.reshape(len(array), -1), self.keys())
+        units = grouped.regroup(lambda k: (k[1],) if pair in (ALL_PAIRS, k[0]) else None).moments.mean
+        counts = resample_counts(len(units), replicates=2000, seed=0)
+        mean = bootstrap_mean(units, counts, level=level)
+        shape = array.shape[1:]
+        return Interval(value=mean.value.reshape(shape), low=mean.low.reshape(shape), high=mean.high.reshape(shape))
+
+    def prompts(self, pair: str = ALL_PAIRS) -> int:
+        """Count the prompts of a pair kind."""
+        return len({k[1] for k in self.keys() if pair in (ALL_PAIRS, k[0])}) if self.samples is not None else 0
+
+
+def effect_metrics(effects: xr.Dataset) -> list[str]:
+    """List the metrics that an effects group holds."""
+    return [str(n).removesuffix("_difference") for n in effects.data_vars if str(n).endswith("_difference")]
+
+
+def in_order(found: set[str], wanted: Any) -> list[str]:
+    """Sort names by the order of the config, names it does not list after them."""
+    first = [str(n) for n in wanted if n in found]
+    return first + sorted(found - set(first))
+
+
+def as_mapping(text: Any) -> dict[str, Any]:
+    """Parse a JSON attribute that should be a mapping; anything else gives an empty one."""
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _missing(groups: set[str], names: list[str], computed: set[str]) -> list[str]:
+    lines = [
+        f"The store has no {name} group, so {what}."
+        for name, what in (
+            ("samples", "prompts cannot be told apart"),
+            ("baseline", "there are no reference scores"),
+            ("previews", "there are no film strips"),
+        )
+        if name not in groups
+    ]
+    if not names:
+        lines.append("The store has no experiments.")
+    lines += [f"Experiment {n} has no effects yet: run `stepscope effects`." for n in names if n not in computed]
+    return lines

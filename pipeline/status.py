@@ -1,0 +1,28 @@
+"""How far a store is: units done, pending and failed in each group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.store import DONE, FAILED, PENDING, Journal, open_store
+
+
+def summarise(path: Path) -> list[dict[str, Any]]:
+    """Count units by status for every group that has one; finished units still in the journal only are counted.
+
+    Raises
+    ------
+    StoreError : the path is not a store.
+    """
+    store = open_store(path)
+    journaled = {(e["group"], e["index"]): e for e in Journal(path).entries() if "group" in e}
+    rows = []
+    for name in store.groups():
+        values = store.status(name)
+        for (where, index), entry in journaled.items():
+            if where == name and index < len(values):
+                values[index] = FAILED if entry.get("error") or entry.get("failed") else DONE
+        counts = {word: int((values == code).sum()) for word, code in (("done", DONE), ("pending", PENDING), ("failed", FAILED))}
+        rows.append({"group": name, "units": len(values), **counts})
+    return rows

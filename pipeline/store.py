@@ -1,0 +1,439 @@
+"""The Zarr store of a sweep: its template, region writes, status, journal and the lock of its one driver."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+
+from pipeline.experiment import Grid
+from pipeline.plan import BASELINE, Plan
+
+SCHEMA_VERSION = 1
+PENDING, DONE, FAILED = 0, 1, 2
+RUNS = ("clean", "corrupted")
+PREVIEW_RUNS = (*RUNS, "patched")
+_CODEC = ZstdCodec(level=1, checksum=True)
+
+
+class StoreError(ValueError):
+    """A path that cannot serve as the store of this sweep; the message says why and what to do."""
+
+
+class Store:
+    """One sweep's store, open for writing regions (replicas) or status (the driver)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.root = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+
+    @property
+    def config_hash(self) -> str:
+        """The sha256 of the config that the store was created for."""
+        return str(self.root.attrs["config_sha256"])
+
+    def write_cells(self, group: str, values: Mapping[str, NDArray[np.float32]], sample: int, start: int, stop: int) -> int:
+        """Write one unit: for each metric an array (stop - start, *other axes), whole chunks only.
+
+        Returns
+        -------
+        Bytes written, uncompressed.
+
+        Raises
+        ------
+        StoreError : a value does not have the shape of its region, or the region is not whole chunks.
+        """
+        size = 0
+        for name, value in values.items():
+            array = self._array(f"{group}/{name}")
+            lead = array.shape[1] if array.ndim > 1 else 1
+            region = f"{group}/{name}[{sample}, {start}:{stop}]"
+            expected = (stop - start, *array.shape[2:]) if array.ndim > 1 else ()
+            if value.shape != expected:
+                raise StoreError(f"region {region} has shape {expected}, the values have {value.shape}. Nothing was written.")
+            if array.ndim > 1 and (start % array.chunks[1] or (stop % array.chunks[1] and stop != lead)):
+                raise StoreError(f"region {region} is not whole chunks of {array.chunks[1]}. Nothing was written.")
+            if array.ndim > 1:
+                array[sample, start:stop] = value
+            else:
+                array[sample] = value
+            size += value.nbytes
+        return size
+
+    def write_sample(self, group: str, values: Mapping[str, NDArray[Any]], sample: int) -> int:
+        """Write whole samples of a group's arrays, each of shape ``array.shape[1:]``; returns bytes."""
+        for name, value in values.items():
+            array = self._array(f"{group}/{name}")
+            if tuple(np.shape(value)) != array.shape[1:]:
+                raise StoreError(f"{group}/{name}[{sample}] has shape {array.shape[1:]}, the values have {np.shape(value)}.")
+            array[sample] = value
+        return sum(int(np.asarray(v).nbytes) for v in values.values())
+
+    def status(self, group: str) -> NDArray[np.uint8]:
+        """Read a group's status, one value a unit."""
+        return np.asarray(self._array(f"{group}/status")[:], dtype=np.uint8)
+
+    def groups(self) -> list[str]:
+        """List the groups that have a status."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Object at .* is not recognized")
+            return sorted(name for name, group in self.root.groups() if "status" in group)
+
+    def write_status(self, group: str, values: NDArray[np.uint8]) -> None:
+        """Write a group's status; the driver alone does this, after the data."""
+        self._array(f"{group}/status")[:] = values
+
+    def sweep_partial_files(self) -> int:
+        """Delete the temporary files that killed writers left behind; returns how many."""
+        leftovers = list(self.path.rglob("*.partial"))
+        for file in leftovers:
+            file.unlink(missing_ok=True)
+        return len(leftovers)
+
+    def _array(self, key: str) -> Any:
+        return self.root[key]
+
+
+class DriverLock:
+    """The exclusive right to drive a store; the operating system takes it back when the process dies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "driver.lock"
+        self._handle: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises
+        ------
+        StoreError : another process drives this store.
+        """
+        handle = self.path.open("a+")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            handle.close()
+            raise StoreError(f"store {self.path.parent} is being driven by {holder}. Wait for it or stop it.") from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {platform.node()}")
+        handle.flush()
+        self._handle = handle
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+
+class Journal:
+    """Append-only lines of JSON, one for each finished attempt, flushed as they come."""
+
+    def __init__(self, store: Path) -> None:
+        self.path = store / "journal.jsonl"
+
+    def append(self, **entry: Any) -> None:
+        """Append one entry with the time of writing."""
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Read all entries; a last line torn by a kill is ignored."""
+        if not self.path.exists():
+            return []
+        entries = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return entries
+
+
+def is_store(path: Path) -> bool:
+    """Return whether a path holds a store of ours."""
+    try:
+        attrs = json.loads((path / "zarr.json").read_text()).get("attributes", {})
+    except (OSError, ValueError):
+        return False
+    return "config_sha256" in attrs
+
+
+def open_store(path: Path) -> Store:
+    """Open an existing store.
+
+    Raises
+    ------
+    StoreError : the path is not a store, or was written by a newer schema.
+    """
+    if not is_store(path):
+        what = "does not exist" if not path.exists() else "is not a stepscope store"
+        raise StoreError(f"{path} {what}. Create one with: stepscope run CONFIG --store {path}")
+    try:
+        store = Store(path)
+    except OSError as error:
+        raise StoreError(f"store {path} cannot be opened for writing: {error}") from error
+    found = int(store.root.attrs["schema_version"])
+    if found > SCHEMA_VERSION:
+        raise StoreError(f"store {path} has schema version {found}, this stepscope reads up to {SCHEMA_VERSION}. Update it.")
+    return store
+
+
+def open_or_create(path: Path, plan: Plan) -> Store:
+    """Open the store of this very config, or create it whole: every array allocated, every unit pending.
+
+    Raises
+    ------
+    StoreError : the path holds something else, or another config (with the differing keys), or is not writable.
+    """
+    if is_store(path):
+        store = open_store(path)
+        if store.config_hash != plan.config.hash():
+            stored = json.loads(str(store.root.attrs["config_json"]))
+            raise StoreError(
+                f"store {path} holds another config. Differing: {'; '.join(differing(stored, plan.config.identity()))}. "
+                "Use another --store, or that config."
+            )
+        if store.root.attrs["model_fingerprint"] != plan.model.fingerprint:
+            raise StoreError(f"store {path} was computed with other weights of {plan.model.id}. Use another --store.")
+        return store
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError(f"{path} exists and is not a stepscope store. Use another --store.")
+    building = path.with_name(path.name + ".building")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(building)
+        _create(building, plan)
+        if path.exists():
+            path.rmdir()
+        building.rename(path)
+    except OSError as error:
+        raise StoreError(f"cannot create store {path}: {error.strerror or error}. Choose a writable --store.") from error
+    return Store(path)
+
+
+def differing(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """List the key paths in which two configs differ, with both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [line for key in sorted({*a, *b}) for line in differing(a.get(key), b.get(key), f"{prefix}.{key}".lstrip("."))]
+    return [] if a == b else [f"{prefix} is {json.dumps(a)} in the store, {json.dumps(b)} in the config"]
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _create(path: Path, plan: Plan) -> None:
+    root = zarr.create_group(str(path), zarr_format=3, attributes=_root_attributes(plan))
+    _write_samples(root, plan)
+    _create_baseline(root, plan)
+    if plan.config.previews.samples:
+        _create_previews(root, plan)
+    for grid in plan.grids:
+        _create_experiment(root, plan, grid)
+    consolidate(path)
+
+
+def consolidate(path: Path) -> None:
+    """Consolidate metadata, so that xarray opens the store in one read and without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        # Journal and lock lie beside the arrays on purpose.
+        warnings.filterwarnings("ignore", message="Object at .* is not recognized")
+        zarr.consolidate_metadata(str(path))
+
+
+def _root_attributes(plan: Plan) -> dict[str, Any]:
+    return {
+        "title": f"stepscope sweep {plan.config.name}",
+        "schema_version": SCHEMA_VERSION,
+        "config_json": json.dumps(plan.config.identity()),
+        "config_sha256": plan.config.hash(),
+        "code_version": _version("stepscope"),
+        "model": json.dumps(
+            {
+                "id": plan.model.id,
+                "family": plan.model.family,
+                "pipeline": plan.model.pipeline_config["_class_name"],
+                "blocks": plan.geometry.blocks,
+                "fingerprint": plan.model.fingerprint,
+            }
+        ),
+        "model_fingerprint": plan.model.fingerprint,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "libraries": json.dumps({n: _version(n) for n in ("torch", "diffusers", "nnsight", "ray", "zarr", "dask", "numpy")}),
+        "hardware": json.dumps({"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}),
+        "experimental_unit": "prompt",
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _put(group: Any, name: str, dims: tuple[str, ...], data: Any, **attributes: Any) -> None:
+    """Write a small array whole: a coordinate or a per-sample fact."""
+    values = np.asarray(data)
+    if values.dtype.kind in "UO":
+        values = values.astype(np.dtypes.StringDType())
+    array = group.create_array(
+        name, shape=values.shape, dtype=values.dtype, chunks=values.shape, dimension_names=dims, attributes=attributes
+    )
+    array[...] = values
+
+
+def _allocate(
+    group: Any, name: str, dims: tuple[str, ...], shape: tuple[int, ...], chunks: tuple[int, ...], **attributes: Any
+) -> None:
+    group.create_array(
+        name,
+        shape=shape,
+        dtype="float32",
+        chunks=chunks,
+        fill_value=float("nan"),
+        compressors=[_CODEC],
+        dimension_names=dims,
+        attributes=attributes,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _status(group: Any, units: int) -> None:
+    array = group.create_array(
+        "status",
+        shape=(units,),
+        dtype="uint8",
+        chunks=(units,),
+        dimension_names=("unit",),
+        attributes={"flag_values": [PENDING, DONE, FAILED], "flag_meanings": "pending done failed"},
+        config={"write_empty_chunks": True},
+    )
+    array[:] = PENDING
+
+
+def _write_samples(root: Any, plan: Plan) -> None:
+    group = root.create_group("samples")
+    _put(group, "sample", ("sample",), np.arange(len(plan.samples)))
+    for name, what in (
+        ("prompt", "problem, the experimental unit"),
+        ("pair", "clean/corrupted prompt"),
+        ("clean_prompt", "prompt of the clean run"),
+        ("corrupted_prompt", "prompt of the corrupted run"),
+    ):
+        _put(group, name, ("sample",), [getattr(s, name) for s in plan.samples], long_name=what)
+    _put(group, "seed", ("sample",), [s.seed for s in plan.samples], long_name="seed of the initial noise")
+    _put(group, "parameters", ("sample",), [json.dumps(s.parameters) for s in plan.samples], long_name="task parameters")
+
+
+def _sigmas(plan: Plan) -> list[float]:
+    """Noise level entering each step, from the model's own scheduler configuration."""
+    import diffusers
+
+    folder = plan.model.folder / "scheduler"
+    scheduler_class = getattr(diffusers, plan.model.pipeline_config["scheduler"][1])
+    scheduler = scheduler_class.from_pretrained(str(folder), local_files_only=True)
+    scheduler.set_timesteps(plan.geometry.steps)
+    return [float(s) for s in scheduler.sigmas[: plan.geometry.steps]]
+
+
+def _step_coordinates(group: Any, plan: Plan, steps: tuple[int, ...]) -> None:
+    sigmas = _sigmas(plan)
+    _put(group, "step", ("step",), np.asarray(steps, dtype=np.int64), long_name="solver step")
+    _put(group, "sigma", ("step",), [sigmas[s] for s in steps], long_name="noise level entering the step", units="1")
+    group.attrs["coordinates"] = "sigma"
+
+
+def _create_baseline(root: Any, plan: Plan) -> None:
+    n, steps = len(plan.samples), plan.geometry.steps
+    group = root.create_group(BASELINE)
+    _put(group, "sample", ("sample",), np.arange(n))
+    _put(group, "run", ("run",), list(RUNS))
+    _step_coordinates(group, plan, tuple(range(steps)))
+    for metric in plan.metrics:
+        about = {"long_name": metric.long_name, "units": "1", "description": metric.description}
+        _allocate(group, metric.name, ("sample", "run"), (n, 2), (1, 2), **about)
+        by_step = f"{metric.long_name} of the decoded clean estimate"
+        _allocate(
+            group, f"{metric.name}_by_step", ("sample", "run", "step"), (n, 2, steps), (1, 2, steps),
+            **{**about, "long_name": by_step},
+        )
+        if metric.floor is not None:
+            floor = f"{metric.long_name} of a video that does nothing"
+            _put(
+                group, f"{metric.name}_floor", ("sample",),
+                np.array([metric.floor(s) for s in plan.samples], dtype=np.float32), **{**about, "long_name": floor},
+            )
+    _status(group, n)
+
+
+def _create_previews(root: Any, plan: Plan) -> None:
+    group = root.create_group("previews")
+    chosen, g = plan.config.previews.samples, plan.geometry
+    _put(group, "preview", ("preview",), np.asarray(chosen, dtype=np.int64), long_name="sample shown")
+    _put(group, "run", ("run",), list(PREVIEW_RUNS))
+    _put(group, "frame", ("frame",), np.arange(g.frames), long_name="latent frame")
+    _step_coordinates(group, plan, tuple(range(g.steps)))
+    patched = plan.patched.model_dump(mode="json") if plan.patched is not None else None
+    group.attrs["patched"] = json.dumps(patched)
+    shape = (len(chosen), len(PREVIEW_RUNS), g.steps, g.frames, *plan.task.preview_size(), 3)
+    array = group.create_array(
+        "x0_hat",
+        shape=shape,
+        dtype="uint8",
+        chunks=(1, *shape[1:]),
+        compressors=[_CODEC],
+        dimension_names=("preview", "run", "step", "frame", "y", "x", "rgb"),
+        attributes={"long_name": "decoded clean estimate", "units": "1", "description": "RGB, 0 to 255"},
+        config={"write_empty_chunks": True},
+    )
+    assert array.shape == shape
+
+
+def _create_experiment(root: Any, plan: Plan, grid: Grid) -> None:
+    n, experiment = len(plan.samples), grid.experiment
+    sample_recipient = next(grid.interventions()).recipient
+    recipient = "by direction" if "direction" in grid.dims else sample_recipient
+    if "run" in grid.dims:
+        recipient = "by run"
+    group = root.create_group(
+        experiment.name,
+        attributes={
+            "kind": experiment.kind,
+            "formula": experiment.cls.formula,
+            "contrast": "true" if experiment.cls.contrast else "false",
+            "fixed": json.dumps(dict(experiment.fixed)),
+            "recipient": recipient,
+        },
+    )
+    _put(group, "sample", ("sample",), np.arange(n))
+    for name, values in grid.axes:
+        if name == "step":
+            _step_coordinates(group, plan, values)
+        else:
+            _put(group, name, (name,), list(values))
+    width = plan.window(grid)
+    chunks = (1, width, *grid.shape[1:]) if grid.shape else (1,)
+    for metric in plan.metrics:
+        about = {"long_name": metric.long_name, "units": "1", "description": metric.description}
+        _allocate(group, metric.name, ("sample", *grid.dims), (n, *grid.shape), chunks, **about)
+    _status(group, plan.group_units(experiment.name))

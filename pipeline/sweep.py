@@ -1,0 +1,243 @@
+"""The sweep: hand pending units to an executor, keep status and journal, survive interruption, resume."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
+from cluster.inline import InlinePool
+from cluster.pool import Executor, PoolOptions, WorkUnit
+from pipeline.plan import BASELINE, Plan, Unit
+from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, Store, consolidate, open_or_create
+
+FLUSH_SECONDS = 2.0
+"""How often the driver writes status; units finished since then are recovered from the journal."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SweepResult:
+    """What a call of ``run_sweep`` did and what the store holds now.
+
+    Attributes
+    ----------
+    done, failed, pending : units of the whole store. computed : units finished by this call.
+    failed_cells : cells without a finite value, over the whole store as far as this call and the journal know.
+    errors : one message for each unit that failed for good.
+    """
+
+    done: int = 0
+    failed: int = 0
+    pending: int = 0
+    computed: int = 0
+    failed_cells: int = 0
+    interrupted: bool = False
+    errors: list[str] = field(default_factory=list)
+
+
+class Ledger:
+    """Status of every unit: read from status arrays and journal, written back by the driver alone."""
+
+    def __init__(self, store: Store, plan: Plan) -> None:
+        self.store = store
+        self.groups = (BASELINE, *plan.by_name)
+        self.status: dict[str, NDArray[np.uint8]] = {g: store.status(g) for g in self.groups}
+        self.failed_cells: dict[tuple[str, int], int] = {}
+        self._dirty: set[str] = set()
+        self._flushed = time.monotonic()
+        self._recover(Journal(store.path))
+
+    def _recover(self, journal: Journal) -> None:
+        for entry in journal.entries():
+            group, index = entry.get("group"), entry.get("index")
+            if group in self.status and isinstance(index, int) and index < len(self.status[group]):
+                self.mark(group, index, FAILED if entry.get("error") or entry.get("failed") else DONE, entry.get("failed", 0))
+
+    def mark(self, group: str, index: int, status: int, failed_cells: int = 0) -> None:
+        """Set one unit's status."""
+        if self.status[group][index] != status:
+            self.status[group][index] = status
+            self._dirty.add(group)
+        self.failed_cells[group, index] = failed_cells
+
+    def pending(self, unit: Unit) -> bool:
+        """Whether a unit still has to run; failed units are tried again by a new call."""
+        return bool(self.status[unit.group][unit.index] != DONE)
+
+    def count(self, status: int) -> int:
+        """Count units with a status."""
+        return sum(int((s == status).sum()) for s in self.status.values())
+
+    def flush(self, *, force: bool = False) -> None:
+        """Write changed status arrays, at most every ``FLUSH_SECONDS`` unless forced."""
+        if not force and time.monotonic() - self._flushed < FLUSH_SECONDS:
+            return
+        for group in sorted(self._dirty):
+            self.store.write_status(group, self.status[group])
+        self._dirty.clear()
+        self._flushed = time.monotonic()
+
+
+Observer = Callable[[Event, Unit | None], None]
+
+
+def run_sweep(
+    plan: Plan,
+    path: Path,
+    *,
+    make_executor: Callable[[Plan, Path], Executor] | None = None,
+    observe: Observer | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+) -> SweepResult:
+    """Run every unit of a plan that the store does not hold yet.
+
+    Parameters
+    ----------
+    make_executor : builds the pool once the store exists; the default runs in this process.
+    observe : called with every event and its unit. on_start : called with units to run and units in all.
+
+    Raises
+    ------
+    StoreError : see ``open_or_create``; also if another process drives the store.
+    """
+    store = open_or_create(path, plan)
+    lock = DriverLock(path)
+    lock.acquire()
+    try:
+        store.sweep_partial_files()
+        ledger, journal = Ledger(store, plan), Journal(path)
+        todo = [unit for unit in plan.units() if ledger.pending(unit)]
+        if on_start is not None:
+            on_start(len(todo), sum(len(s) for s in ledger.status.values()))
+        result = SweepResult()
+        if todo:
+            executor = (make_executor or inline_executor)(plan, path)
+            try:
+                _drive(executor, todo, ledger, journal, result, observe)
+            finally:
+                ledger.flush(force=True)
+                executor.close()
+        ledger.flush(force=True)
+        if todo:
+            consolidate(path)
+        return _summarise(result, ledger)
+    finally:
+        lock.release()
+
+
+def _drive(
+    executor: Executor,
+    todo: list[Unit],
+    ledger: Ledger,
+    journal: Journal,
+    result: SweepResult,
+    observe: Observer | None,
+) -> None:
+    units = {unit.id: unit for unit in todo}
+
+    def on_event(event: Event) -> None:
+        unit = units.get(getattr(event, "unit", -1))
+        if isinstance(event, UnitDone) and unit is not None:
+            receipt = event.receipt.as_dict()
+            journal.append(
+                unit=unit.id, group=unit.group, index=unit.index, replica=event.replica, attempt=event.attempt, **receipt
+            )
+            ledger.mark(unit.group, unit.index, FAILED if receipt["failed"] else DONE, receipt["failed"])
+            result.computed += 1
+        elif isinstance(event, UnitFailed) and unit is not None:
+            journal.append(unit=unit.id, group=unit.group, index=unit.index, attempts=event.attempts, error=event.error)
+            ledger.mark(unit.group, unit.index, FAILED)
+            result.errors.append(f"unit {unit.id} ({unit.group}, sample {unit.sample}): {event.error}")
+        elif isinstance(event, UnitRetried | ReplicaLost):
+            journal.append(unit=getattr(event, "unit", None), replica=event.replica, retried=event.error)
+        ledger.flush()
+        if observe is not None:
+            observe(event, unit)
+
+    with _terminate_as_interrupt():
+        try:
+            executor.run((WorkUnit(id=u.id, locality=u.sample, payload=u) for u in todo), on_event)
+        except KeyboardInterrupt:
+            result.interrupted = True
+
+
+def _summarise(result: SweepResult, ledger: Ledger) -> SweepResult:
+    result.done, result.failed, result.pending = (ledger.count(s) for s in (DONE, FAILED, PENDING))
+    result.failed_cells = sum(ledger.failed_cells.values())
+    return result
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C, so that a preempted sweep leaves a flushed, resumable store."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def pool_options(plan: Plan) -> PoolOptions:
+    """Return the pool options that a config asks for."""
+    run = plan.config.run
+    return PoolOptions(
+        replicas=max(1, run.replicas),
+        cpus_per_replica=run.cpus_per_replica,
+        gpus_per_replica=run.gpus_per_replica,
+        max_attempts=run.max_attempts,
+    )
+
+
+def _factory(plan: Plan, path: Path) -> Callable[[], Any]:
+    import functools
+
+    from pipeline.replica import Replica
+
+    return functools.partial(Replica, plan.config.model_dump(mode="json"), str(path.resolve()))
+
+
+def inline_executor(plan: Plan, path: Path) -> Executor:
+    """Run units in this process, without Ray."""
+    return InlinePool(_factory(plan, path), pool_options(plan))
+
+
+def ray_executor(plan: Plan, path: Path) -> Executor:
+    """Run units on Ray actors: the cluster at ``RAY_ADDRESS`` if that is set, else a local one started here."""
+    import logging
+    import os
+
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray
+
+    from cluster.pool import RayPool
+
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            run = plan.config.run
+            ray.init(
+                address="local",
+                num_cpus=max(1, round(run.replicas * run.cpus_per_replica)),
+                object_store_memory=100 * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    return RayPool(_factory(plan, path), pool_options(plan))

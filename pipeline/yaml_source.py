@@ -1,0 +1,103 @@
+"""YAML read strictly, with the line of every key: duplicate keys refused, booleans and numbers as in YAML 1.2."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Loc = tuple[str | int, ...]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML with YAML 1.2 scalars (``1e-3`` is a number, ``off`` a string) and no silent duplicate keys."""
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in ("bool", "float", "timestamp", "int")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+
+
+class SourceError(ValueError):
+    """Text that is not one YAML mapping; the message names file and line."""
+
+
+def read(text: str, name: str) -> tuple[dict[str, Any], dict[Loc, int]]:
+    """Parse YAML text to a mapping and the line number of each key path.
+
+    Raises
+    ------
+    SourceError : syntax error, duplicate key, or a document that is not a mapping.
+    """
+    try:
+        node = yaml.compose(text, Loader=_StrictLoader)
+        lines: dict[Loc, int] = {}
+        if node is not None:
+            _walk(node, (), lines, name)
+        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader subclass)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise SourceError(f"{name}:{mark.line + 1 if mark else '?'}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{name}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise SourceError(f"{name}:1: expected a mapping of settings at the top, got {type(data).__name__}")
+    return data, lines
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
+    """Parse a YAML file.
+
+    Raises
+    ------
+    SourceError : the file cannot be read, or see ``read``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SourceError(f"cannot read config {path}: {reason}") from error
+    return read(text, str(path))
+
+
+def read_value(text: str) -> Any:
+    """Parse the right-hand side of a ``--set`` override."""
+    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader subclass)
+
+
+def line_of(loc: Loc, lines: dict[Loc, int]) -> int | None:
+    """Return the line of a key path, or of its closest parent in the file."""
+    while loc:
+        if loc in lines:
+            return lines[loc]
+        loc = loc[:-1]
+    return None
+
+
+def _walk(node: yaml.Node, loc: Loc, lines: dict[Loc, int], name: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*loc, str(key.value))
+            if here in lines:
+                raise SourceError(
+                    f"{name}:{key.start_mark.line + 1}: key {'.'.join(map(str, here))} is given twice "
+                    f"(first on line {lines[here]})"
+                )
+            lines[here] = key.start_mark.line + 1
+            _walk(value, here, lines, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[(*loc, i)] = value.start_mark.line + 1
+            _walk(value, (*loc, i), lines, name)
