@@ -144,12 +144,14 @@ class Lease:
     Attributes
     ----------
     arrival : position of the unit in the order in which units were pulled.
+    alone : whether no other unit may share the window.
     attempt : number of the attempt, from 1; 0 while the unit only waits in the window.
     """
 
     unit: WorkUnit
     arrival: int
     replica: int
+    alone: bool
     attempt: int = 0
 
 
@@ -157,6 +159,7 @@ class Lease:
 class _Pending:
     unit: WorkUnit
     arrival: int
+    alone: bool = False
 
 
 class Dispatcher:
@@ -164,6 +167,8 @@ class Dispatcher:
 
     Replicas run the units of their window in the order in which they took them. Only the first of them has started,
     so only that one is charged with an attempt when the replica dies; the others go back to the queue unharmed.
+    As the answer of a finished unit can be lost when the next one kills the process at once, the charge may hit the
+    wrong one: all units of a lost window run alone from then on, so no unit pays twice for another.
 
     Parameters
     ----------
@@ -196,12 +201,14 @@ class Dispatcher:
         if not self._pending or len(window) >= self._options.in_flight:
             return None
         # The last units must not wait behind a busy replica while another one falls idle.
-        if window and len(self._pending) <= self._replicas:
+        if window and (window[0].alone or len(self._pending) <= self._replicas):
             return None
-        pending = self._choose(replica)
+        pending = self._choose(replica, [each for each in self._pending if not (window and each.alone)])
+        if pending is None:
+            return None
         self._pending.remove(pending)
         self._localities[replica] = pending.unit.locality
-        lease = Lease(pending.unit, pending.arrival, replica)
+        lease = Lease(pending.unit, pending.arrival, replica, pending.alone)
         window.append(lease)
         self._start_first(replica)
         self._refill()
@@ -233,22 +240,23 @@ class Dispatcher:
         self._localities.pop(replica, None)
         self._on_event(ReplicaLost(replica=replica, error=error))
         for lease in leases:
+            lease.alone = True
             if lease.attempt:
                 self._retry_or_fail(lease, error)
             else:
                 self._requeue(lease)
         self._refill()
 
-    def _choose(self, replica: int) -> _Pending:
+    def _choose(self, replica: int, candidates: list[_Pending]) -> _Pending | None:
         own = self._localities.get(replica, _NOWHERE)
         others = {locality for owner, locality in self._localities.items() if owner != replica}
         free: _Pending | None = None
-        for pending in self._pending:
+        for pending in candidates:
             if pending.unit.locality == own:
                 return pending
             if free is None and pending.unit.locality not in others:
                 free = pending
-        return free or self._pending[0]
+        return free or (candidates[0] if candidates else None)
 
     def _start_first(self, replica: int) -> None:
         if window := self._windows.get(replica):
@@ -280,7 +288,7 @@ class Dispatcher:
             self._on_event(UnitFailed(unit=lease.unit.id, attempts=lease.attempt, error=error))
 
     def _requeue(self, lease: Lease) -> None:
-        insort(self._pending, _Pending(lease.unit, lease.arrival), key=lambda pending: pending.arrival)
+        insort(self._pending, _Pending(lease.unit, lease.arrival, lease.alone), key=lambda pending: pending.arrival)
 
     def _refill(self) -> None:
         while self._source is not None and len(self._pending) < self._look_ahead:

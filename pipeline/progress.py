@@ -74,8 +74,8 @@ class SweepProgress:
             return
         self._last_line = now
         elapsed = now - self._started
-        left = elapsed / self.done * (self.total - self.done) if self.done else float("nan")
-        self._say(f"{self.done}/{self.total} units, {self.cells} cells, {elapsed:.0f} s, about {left:.0f} s left")
+        left = f"{elapsed / self.done * (self.total - self.done):.0f}" if self.done else "?"
+        self._say(f"{self.done}/{self.total} units, {self.cells} cells, {elapsed:.0f} s, about {left} s left")
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

@@ -9,10 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-import dask
 import numpy as np
 import xarray as xr
 import zarr
+from dask.base import compute
 from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
@@ -35,9 +35,7 @@ def experiment_names(store_path: str | Path) -> list[str]:
     try:
         root = zarr.open_group(str(store_path), mode="r", use_consolidated=False)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"no Zarr store at {store_path}. Give the folder that `stepscope run` wrote."
-        ) from error
+        raise FileNotFoundError(f"no store at {store_path}. Give the folder that `stepscope run` wrote.") from error
     return sorted(name for name in root.group_keys() if name not in NOT_EXPERIMENTS)
 
 
@@ -197,7 +195,7 @@ class Experiment:
         while len(level) > 1:
             merged = [delayed(CellStates.merge)(a, b) for a, b in zip(level[::2], level[1::2], strict=False)]
             level = merged + level[len(merged) * 2 :]
-        (state,) = dask.compute(level[0], scheduler="threads")  # type: ignore[no-untyped-call]
+        (state,) = compute(level[0], scheduler="threads")  # type: ignore[no-untyped-call]
         assert isinstance(state, CellStates)
         return state
 
@@ -220,9 +218,7 @@ class Experiment:
         return np.asarray(self.dataset["sample"].values, dtype=np.int64)
 
 
-_RECIPIENT_OF = {
-    "clean": "clean",
-    "corrupted": "corrupted",
+_RECIPIENT_OF = {"clean": "clean", "corrupted": "corrupted"} | {
     "denoising": "corrupted",
     "noising": "clean",
     "self": "clean",
@@ -280,7 +276,8 @@ def _aligned(chunk_samples: int, array: xr.DataArray) -> int:
 
 def open_group(store_path: str | Path, name: str) -> xr.Dataset:
     """Open one group lazily, past the consolidated metadata, which may be older than the data."""
-    return xr.open_zarr(str(store_path), group=name, chunks=None, consolidated=False)
+    dataset: xr.Dataset = xr.open_zarr(str(store_path), group=name, chunks=None, consolidated=False)
+    return dataset
 
 
 def cell_blocks(cells: int, replicates: int, megabytes: int = 64) -> Iterator[slice]:

@@ -88,7 +88,9 @@ def _ratio(
 
 def _divide(top: Floats, bottom: Floats, smallest: float | Floats) -> Floats:
     usable = np.abs(bottom) > smallest
-    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=usable)
+    out = np.full(top.shape, np.nan)
+    np.divide(top, bottom, out=out, where=usable)
+    return out
 
 
 def _quantiles(draws: Floats, level: float) -> tuple[Floats, Floats]:
@@ -122,9 +124,9 @@ def sign_flip_p(values: Floats, *, replicates: int, seed: int) -> Floats:
 def _sign_patterns(units: int, replicates: int, seed: int) -> tuple[Floats, bool]:
     if 2**units <= replicates:
         bits = (np.arange(2**units)[:, None] >> np.arange(units)) & 1
-        return 1.0 - 2.0 * bits, True
+        return np.where(bits, -1.0, 1.0), True
     draws = np.random.default_rng(seed).integers(0, 2, size=(replicates, units))
-    return 1.0 - 2.0 * draws, False
+    return np.where(draws, -1.0, 1.0), False
 
 
 def benjamini_hochberg(p: Floats) -> Floats:

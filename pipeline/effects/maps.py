@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import xarray as xr
 import zarr
+from dask.base import compute
 from dask.delayed import delayed
 from numpy.typing import NDArray
 
@@ -111,9 +111,7 @@ def compute_effects(
     The names of the written groups, "effects/<experiment>" each.
     """
     if not 0 < level < 1 or replicates < 1:
-        raise ValueError(
-            f"level {level} and replicates {replicates} are out of range. Need 0 < level < 1 <= replicates."
-        )
+        raise ValueError(f"out of range: level {level}, replicates {replicates}. Need 0 < level < 1 <= replicates.")
     names = experiment_names(store_path)
     recorded = Recorded.read(store_path, unit)
     settings = Settings(unit=unit, replicates=replicates, seed=seed, level=level)
@@ -162,7 +160,7 @@ def _metric_variables(
     experiment: Experiment, metric: str, state: CellStates, recorded: Recorded, settings: Settings
 ) -> dict[str, xr.Variable]:
     shape = tuple(experiment.dataset.sizes[a] for a in experiment.axes)
-    maps: dict[str, list[Floats]] = {}
+    maps: dict[str, list[NDArray[Any]]] = {}
     for pair in _pair_names(recorded):
         failed = np.sum([c for p, c in state.failed.items() if pair in (ALL_PAIRS, p)], axis=0, dtype=np.int64)
         found = _estimate_pair(state, pair, settings) | {"failed": failed}
@@ -200,7 +198,7 @@ def _estimate_pair(state: CellStates, pair: str, settings: Settings) -> dict[str
         )
         for cut in cell_blocks(difference.shape[1], settings.replicates)
     ]
-    blocks = dask.compute(*parts, scheduler="threads")  # type: ignore[no-untyped-call]
+    blocks = compute(*parts, scheduler="threads")  # type: ignore[no-untyped-call]
     joined = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
     joined["p_fdr"] = benjamini_hochberg(joined.pop("p"))
     return joined

@@ -58,6 +58,11 @@ class Settings:
     steps: int = 20
     first_seed: int = 0
 
+    def __post_init__(self) -> None:
+        empty = {name: value for name, value in asdict(self).items() if value < int(name != "first_seed")}
+        if empty:
+            raise ValueError(f"an evaluation cannot have these sizes: {empty}. Give at least 1 (first_seed: 0).")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
@@ -132,7 +137,7 @@ def rollout(pipe: Any, task: MazeTask, maze: int, rows: list[tuple[str, int]], s
     return Rollout(
         final=maze_score.classify(task.decode(pipe, final)),
         x0_hat=maze_score.classify(last),
-        clear=maze_score.is_clear(last).all(axis=(-1, -2)),
+        clear=np.asarray(maze_score.is_clear(last).all(axis=(-1, -2))),
         sigmas=tuple(float(s) for s in pipe.scheduler.sigmas[: len(estimates)]),
     )
 

@@ -96,7 +96,8 @@ def _finite_rows_only(name: str, compute: Compute) -> Compute:
 
 
 def _finite(values: NDArray[np.float32]) -> NDArray[np.bool_]:
-    return np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    finite: NDArray[np.bool_] = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    return finite
 
 
 def projection(

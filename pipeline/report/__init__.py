@@ -1,4 +1,4 @@
-"""A report that opens anywhere: one HTML file with every map, curve and film strip of a store, and where they came from."""
+"""A report that opens anywhere: one HTML file with every map, curve and film strip of a store."""
 
 from pipeline.report.page import write_report as write_report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,16 +121,16 @@ def effect_metrics(effects: xr.Dataset) -> list[str]:
     return [str(n).removesuffix("_difference") for n in effects.data_vars if str(n).endswith("_difference")]
 
 
-def in_order(found: set[str], wanted: Any) -> list[str]:
+def in_order(found: set[str], wanted: Iterable[object]) -> list[str]:
     """Sort names by the order of the config, names it does not list after them."""
-    first = [str(n) for n in wanted if n in found]
+    first = [str(n) for n in wanted if str(n) in found]
     return first + sorted(found - set(first))
 
 
-def as_mapping(text: Any) -> dict[str, Any]:
+def as_mapping(text: object) -> dict[str, Any]:
     """Parse a JSON attribute that should be a mapping; anything else gives an empty one."""
     try:
-        value = json.loads(text)
+        value = json.loads(str(text))
     except (TypeError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.effects.experiment import recipients
 
+SIGMA = "\u03c3"
 ALONG_X = ("step", "frame", "layer", "alpha")
 ALONG_Y = ("layer", "frame")
 AXIS_LABELS = {"step": "denoising step", "frame": "latent frame", "layer": "layer", "alpha": "strength alpha"}
@@ -118,4 +119,4 @@ def strongest(effects: xr.Dataset, metric: str, estimand: str, count: int) -> li
 def _named(effects: xr.Dataset, dim: str, index: int) -> str:
     label = value_label(effects, dim, index)
     sigma = sigma_of(effects, dim)
-    return label if sigma is None else f"{label} (σ {sigma[index]:.2f})"
+    return label if sigma is None else f"{label} ({SIGMA} {sigma[index]:.2f})"

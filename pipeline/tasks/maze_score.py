@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,8 @@ class Score:
 
 def classify(video: NDArray[np.floating] | NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the class of the nearest palette colour of every pixel: (..., 3) in 0 to 255 to (...)."""
-    return _squared_distances(video).argmin(0).astype(np.uint8)
+    nearest: NDArray[np.uint8] = _squared_distances(video).argmin(0).astype(np.uint8)
+    return nearest
 
 
 def is_clear(video: NDArray[np.floating] | NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -88,7 +90,7 @@ def score(maze: world.Maze, classes: NDArray[np.uint8]) -> Score:
     video = np.concatenate([world.first_frame(maze)[None], classes[1:]])
     marks = marked(video)
     legal = tuple(_is_legal(maze, frame) for frame in video)
-    ordered = tuple(not bool((before & ~after).any()) for before, after in zip(marks[:-1], marks[1:], strict=True))
+    ordered = tuple(not bool((before & ~after).any()) for before, after in pairwise(marks))
     return Score(
         legal=legal,
         ordered=ordered,
@@ -130,7 +132,8 @@ def answer(maze: world.Maze, frame: NDArray[np.uint8]) -> world.Goal | None:
 
 def marked(classes: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Return where the agent is or has been."""
-    return (classes == world.TRAIL) | (classes == world.AGENT)
+    trail: NDArray[np.bool_] = classes == world.TRAIL
+    return trail | (classes == world.AGENT)
 
 
 def _reached(maze: world.Maze, frame: NDArray[np.uint8]) -> world.Goal | None:

@@ -1,0 +1,219 @@
+"""Words and numbers of a report: summary, tables, captions, provenance."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import yaml
+
+from pipeline.effects.experiment import FAILED, PENDING
+from pipeline.effects.inference import Interval
+from pipeline.report.content import Sweep, as_mapping, effect_metrics
+from pipeline.report.figures import SIGNIFICANT, floor_of, pair_label
+from pipeline.report.views import strongest, view_of
+
+STRONGEST = 10
+
+
+def summary(sweep: Sweep) -> list[tuple[str, str]]:
+    """Return the label and number of each summary card."""
+    found: list[tuple[str, str]] = []
+    if sweep.samples is not None:
+        found.append(("samples", f"{sweep.samples.sizes['sample']:,}"))
+        found.append(("prompts", f"{sweep.prompts():,}"))
+        found.append(("pair kinds", f"{len(sweep.pairs) - 1}"))
+    found.append(("experiments", f"{len(sweep.experiments)}"))
+    cells = sum(_cells(d) * d.sizes.get("sample", 0) for d in sweep.experiments.values())
+    found.append(("cells", f"{cells:,}"))
+    units = [unit_counts(d) for d in sweep.experiments.values()]
+    found.append(("units done", f"{sum(u['done'] for u in units):,} of {sum(sum(u.values()) for u in units):,}"))
+    return found
+
+
+def model_name(sweep: Sweep) -> str:
+    """Return what the store calls its model."""
+    raw = sweep.attrs.get("model", "")
+    model = as_mapping(raw)
+    return str(model.get("id") or model.get("name") or ("" if model else raw))
+
+
+def unit_counts(dataset: xr.Dataset) -> dict[str, int]:
+    """Count units of work by status."""
+    if "status" not in dataset:
+        return {"done": 0, "failed": 0, "pending": 0}
+    status = np.asarray(dataset["status"].values)
+    failed, pending = int((status == FAILED).sum()), int((status == PENDING).sum())
+    return {"done": status.size - failed - pending, "failed": failed, "pending": pending}
+
+
+def baselines(sweep: Sweep) -> str:
+    """Tabulate both recorded runs, their gap and the floor, per metric and pair kind."""
+    baseline = sweep.baseline
+    assert baseline is not None
+    rows = []
+    weak = False
+    for metric in sweep.metrics:
+        if metric not in baseline:
+            continue
+        runs = {str(r): baseline[metric].isel(run=i) for i, r in enumerate(baseline["run"].values)}
+        for pair in sweep.pairs if len(sweep.pairs) > 2 else sweep.pairs[:1]:
+            both = [sweep.over_prompts(runs[r], pair) for r in ("clean", "corrupted")]
+            gap = sweep.over_prompts(runs["clean"] - runs["corrupted"], pair)
+            floor = floor_of(sweep, metric, pair)
+            unclear = not (gap.low > 0 or gap.high < 0)
+            weak |= unclear
+            label = sweep.long_name(metric) if pair == "all" else ""
+            cells = [_interval(v) for v in both] + [_interval(gap) + (" *" if unclear else "")]
+            rows.append([_text(label), _text(pair_label(pair)), *cells, "" if floor is None else f"{floor:.3g}"])
+    head = ["metric", "pair kind", "clean run", "corrupted run", "gap", "floor"]
+    note = '<p class="fine">Mean over prompts with 95 % bootstrap intervals.'
+    if weak:
+        note += " * The interval of the gap includes 0, so recoveries of this metric mean little here."
+    return _table(head, rows, numeric=2) + note + "</p>"
+
+
+def headline(sweep: Sweep, name: str, metric: str) -> str:
+    """Say in one sentence what the strongest cell is and how many cells differ from their recipient run."""
+    effects = sweep.effects[name]
+    estimand = "recovery" if f"{metric}_recovery" in effects else "difference"
+    found = strongest(effects, metric, estimand, 1)
+    if not found:
+        return "<p>No cell has a value yet.</p>"
+    top = found[0]
+    p = effects[f"{metric}_p_fdr"].sel(pair="all").values
+    known, marked = int(np.isfinite(p).sum()), int((p <= SIGNIFICANT).sum())
+    share = f"{marked} of {known} cells differ from their recipient run at a false discovery rate of {SIGNIFICANT:.0%}."
+    value = _estimate(top, estimand)
+    what = f"{estimand} of {sweep.long_name(metric)}"
+    return f'<p class="headline">Strongest {_text(what)}: <b>{value}</b> at {_text(top["cell"])}. {share}</p>'
+
+
+def caption(sweep: Sweep, name: str, metric: str, estimand: str) -> str:
+    """Explain one experiment figure."""
+    effects = sweep.effects[name]
+    level = f"{float(effects.attrs.get('level', 0.95)):.0%}"
+    if view_of(effects, metric).shape == "map":
+        scale = "0 is as the corrupted run, 1 as the clean run" if estimand == "recovery" else "0 is no change"
+        return (
+            f"{estimand.capitalize()} of {sweep.long_name(metric)}; {scale}. Dots: difference from the recipient run "
+            f"significant at a false discovery rate of {SIGNIFICANT:.0%}. Hatched: no value."
+        )
+    return (
+        f"{sweep.long_name(metric).capitalize()} under intervention: recipient's mean plus the paired difference, with "
+        f"the {level} interval of that difference. Grey lines: recorded runs and floor."
+    )
+
+
+def fine_print(sweep: Sweep, name: str, metric: str) -> str:
+    """State sample sizes and method under a figure."""
+    effects = sweep.effects[name]
+    unit = effects.attrs.get("experimental_unit", "prompt")
+    counts = effects[f"{metric}_n"].sel(pair="all").values
+    n = f"{counts.max()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    return (
+        f"n = {n} {unit}s per cell (seeds of a {unit} averaged first); {effects.attrs.get('method_interval', '')}, "
+        f"{effects.attrs.get('replicates', '?')} replicates, level {effects.attrs.get('level', '?')}, seed "
+        f"{effects.attrs.get('seed', '?')}. The strongest of many cells "
+        "overstates its own effect; trust its interval less."
+    )
+
+
+def strongest_cells(sweep: Sweep, name: str, metric: str) -> str:
+    """Tabulate the strongest cells over all pairs."""
+    effects = sweep.effects[name]
+    estimand = "recovery" if f"{metric}_recovery" in effects else "difference"
+    rows = [
+        [_text(row["cell"]), _estimate(row, estimand), f"{row['p_fdr']:.2g}", f"{row['n']:.0f}"]
+        for row in strongest(effects, metric, estimand, STRONGEST)
+    ]
+    return _table(["cell", f"{estimand} of {sweep.long_name(metric)}", "p (FDR)", "n"], rows, numeric=1)
+
+
+def failures(sweep: Sweep) -> str:
+    """Tabulate units by status and failed cells per experiment."""
+    rows = []
+    for name, dataset in sweep.experiments.items():
+        units = unit_counts(dataset)
+        failed = "not computed"
+        if name in sweep.effects:
+            effects = sweep.effects[name]
+            per = {m: int(effects[f"{m}_failed"].sel(pair="all").sum()) for m in effect_metrics(effects)}
+            failed = ", ".join(f"{sweep.long_name(m)}: {k:,}" for m, k in per.items() if k) or "0"
+        cells = f"{_cells(dataset) * dataset.sizes.get('sample', 0):,}"
+        rows.append([_text(name), cells, *(f"{units[k]:,}" for k in ("done", "failed", "pending")), _text(failed)])
+    head = ["experiment", "cells", "units done", "units failed", "units pending", "failed cells"]
+    note = "A failed cell was due and has no finite value. Its estimate leaves it out and rests on fewer prompts."
+    return f"<p>{note}</p>" + _table(head, rows, numeric=1, last_text=True)
+
+
+def film_caption(sweep: Sweep, position: int) -> str:
+    """Say which sample a film strip shows and what was done to the patched run."""
+    previews = sweep.previews
+    assert previews is not None
+    number = int(previews["preview"].values[position]) if "preview" in previews.coords else position
+    parts = [f"Sample {number}"]
+    if sweep.samples is not None and number < sweep.samples.sizes["sample"]:
+        sample = sweep.samples.isel(sample=number)
+        clean, corrupted = (_quoted(sample, f"{run}_prompt") for run in ("clean", "corrupted"))
+        parts.append(f"{sample['prompt'].item()}, clean prompt {clean}, corrupted prompt {corrupted}")
+    patched = as_mapping(previews.attrs.get("patched"))
+    if patched:
+        parts.append("patched run: " + ", ".join(f"{k} {v}" for k, v in patched.items() if v is not None))
+    return _text("; ".join(parts) + ".")
+
+
+def provenance(sweep: Sweep) -> list[tuple[str, str]]:
+    """Return where the numbers come from, as label and text."""
+    wanted = ("title", "created", "code_version", "schema_version", "model", "hardware", "libraries", "config_sha256")
+    return [(key.replace("_", " "), _flat(sweep.attrs[key])) for key in wanted if key in sweep.attrs]
+
+
+def config_text(sweep: Sweep) -> str:
+    """Return the sweep config as YAML, in its own order."""
+    return str(yaml.safe_dump(sweep.config, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _cells(dataset: xr.Dataset) -> int:
+    metric = next((v for v in dataset.data_vars.values() if v.dims[:1] == ("sample",) and v.dtype.kind == "f"), None)
+    return 0 if metric is None else int(np.prod(metric.shape[1:], dtype=np.int64))
+
+
+def _quoted(sample: xr.Dataset, name: str) -> str:
+    return f"“{sample[name].item()}”" if name in sample else "unknown"
+
+
+def _flat(value: object) -> str:
+    try:
+        parsed = json.loads(str(value))
+    except (TypeError, ValueError):
+        return str(value)
+    return ", ".join(f"{k} {v}" for k, v in parsed.items()) if isinstance(parsed, dict) else str(parsed)
+
+
+def _interval(value: Interval) -> str:
+    return f"{float(value.value):.3g} <small>[{float(value.low):.3g}, {float(value.high):.3g}]</small>"
+
+
+def _estimate(row: dict[str, Any], estimand: str) -> str:
+    low, high = row[f"{estimand}_low"], row[f"{estimand}_high"]
+    sign = "+" if estimand == "difference" else ""
+    return f"{row[estimand]:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _table(head: list[str], rows: list[list[str]], *, numeric: int, last_text: bool = False) -> str:
+    """Lay out a table whose cells are HTML already; columns from ``numeric`` on are numbers."""
+
+    def mark(i: int) -> str:
+        return ' class="number"' if i >= numeric and not (last_text and i == len(head) - 1) else ""
+
+    top = "".join(f"<th{mark(i)}>{_text(h)}</th>" for i, h in enumerate(head))
+    body = "".join("<tr>" + "".join(f"<td{mark(i)}>{c}</td>" for i, c in enumerate(row)) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
