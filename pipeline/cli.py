@@ -236,7 +236,7 @@ def _plan(config: Path, overrides: list[str], store: Path | None, replicas: int 
     if replicas is not None:
         overrides = [*overrides, f"run.replicas={replicas}"]
     loaded = load_config(config, overrides)
-    return make_plan(loaded, config), store or Path("runs") / f"{loaded.name}.zarr"
+    return make_plan(loaded, config, overrides), store or Path("runs") / f"{loaded.name}.zarr"
 
 
 def _type_name(annotation: Any) -> str:
@@ -254,12 +254,15 @@ def _say(text: str) -> None:
 
 
 def _bad_input() -> tuple[type[Exception], ...]:
-    from cluster.pool import PoolError
+    from cluster import PoolError
     from pipeline.config import ConfigError
     from pipeline.models import ModelError
     from pipeline.store import StoreError
 
     return ConfigError, ModelError, StoreError, PoolError, UsageError
+
+
+_NOT_WRITABLE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -278,6 +281,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, _bad_input()):
             _say(f"stepscope: {error}")
+            return BAD_INPUT
+        if isinstance(error, _NOT_WRITABLE):
+            _say(f"stepscope: {error.filename or 'a file'}: {error.strerror}. Choose a path that can be written.")
             return BAD_INPUT
         raise
     return code if isinstance(code, int) else OK

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import metrics as _metrics  # noqa: F401  (registers every metric)
+from pipeline import tasks as _tasks  # noqa: F401  (registers every task)
 from pipeline.experiment import Experiment, ExperimentError, Problem, parse, unknown
 from pipeline.metrics.metric import METRICS
-from pipeline.tasks import maze as _maze  # noqa: F401  (registers the task)
 from pipeline.tasks.task import TASKS, Sampler, Task
 from pipeline.yaml_source import Loc, SourceError, line_of, read_file, read_value
 
@@ -106,8 +107,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         raw, lines = read_file(path)
     except SourceError as error:
         raise ConfigError(str(error)) from error
-    overridden = {loc for text in overrides for loc in [_override(raw, text)]}
-    return validate(raw, lines, str(path), overridden)
+    for text in overrides:
+        _override(raw, text)
+    return validate(raw, lines, str(path), overridden_keys(overrides))
+
+
+def overridden_keys(overrides: Sequence[str]) -> set[Loc]:
+    """Return the key paths that ``--set`` overrides change."""
+    return {tuple(text.partition("=")[0].strip().split(".")) for text in overrides}
 
 
 def validate(
@@ -117,7 +124,7 @@ def validate(
     config: SweepConfig | None = None
     problems: list[Problem] = []
     try:
-        config = SweepConfig.model_validate(raw)
+        config = _strictly(SweepConfig, raw)
     except ValidationError as error:
         problems += _translate(error, SweepConfig, ())
     problems += _task_problems(raw.get("task"))
@@ -141,9 +148,9 @@ def format_problems(
     return "\n".join(text for _, text in sorted(dict.fromkeys(rows)))
 
 
-def _override(raw: dict[str, Any], text: str) -> Loc:
+def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
-    path = tuple(key.strip().split("."))
+    path = key.strip().split(".")
     if not equals or not all(path):
         raise ConfigError(f"--set {text!r}: expected key.path=value, for example --set sampler.steps=10")
     node: Any = raw
@@ -153,21 +160,27 @@ def _override(raw: dict[str, Any], text: str) -> Loc:
             raise ConfigError(f"--set {text!r}: {part} is {node!r}, not a mapping, so {key} cannot be set in it")
     try:
         node[path[-1]] = read_value(value)
-    except Exception as error:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML") from error
-    return path
+    except SourceError as error:
+        reason = str(error).partition(": ")[2]
+        raise ConfigError(f"--set {text!r}: {reason}") from error
 
 
 def _task_problems(raw: Any) -> list[Problem]:
     if not isinstance(raw, dict):
         return []  # the type error is reported by the main model
-    if raw.get("name") not in TASKS:
-        return [(("task", "name"), unknown("task", raw.get("name"), TASKS))]
+    if "name" not in raw:
+        return [(("task",), f"name is missing; allowed: {', '.join(TASKS)}")]
+    if not _known_task(raw["name"]):
+        return [(("task", "name"), unknown("task", raw["name"], TASKS))]
     try:
-        TASKS[raw["name"]].model_validate(raw)
+        _strictly(TASKS[raw["name"]], raw)
     except ValidationError as error:
         return _translate(error, TASKS[raw["name"]], ("task",))
     return []
+
+
+def _known_task(name: Any) -> bool:
+    return isinstance(name, str) and name in TASKS
 
 
 def _metric_problems(raw: Mapping[str, Any]) -> list[Problem]:
@@ -175,7 +188,8 @@ def _metric_problems(raw: Mapping[str, Any]) -> list[Problem]:
     task_name = task.get("name") if isinstance(task, dict) else None
     if not isinstance(names, list):
         return []
-    known = [m.name for m in METRICS.values() if not m.tasks or task_name in m.tasks]
+    # An unknown task is reported by itself; it must not make every metric unknown as well.
+    known = [m.name for m in METRICS.values() if not _known_task(task_name) or m.defined_for(str(task_name))]
     found: list[Problem] = [
         (("metrics", i), unknown("metric", n, known)) for i, n in enumerate(names) if isinstance(n, str) and n not in known
     ]
@@ -185,20 +199,38 @@ def _metric_problems(raw: Mapping[str, Any]) -> list[Problem]:
 
 
 RESERVED = ("samples", "baseline", "previews", "effects")
+_GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def _experiment_problems(raw: Any) -> list[Problem]:
     problems: list[Problem] = []
     for name, entry in raw.items() if isinstance(raw, dict) else ():
-        if name in RESERVED or not str(name).replace("_", "").replace("-", "").isalnum():
-            problems.append(
-                (("experiments", name), f"an experiment cannot be named {name!r}; use letters, digits, _ and -, and none of {', '.join(RESERVED)}")
-            )
+        if name in RESERVED or not _GROUP_NAME.fullmatch(name):
+            allowed = f"letters, digits, _ and -, a letter or digit first, and none of {', '.join(RESERVED)}"
+            problems.append((("experiments", name), f"an experiment cannot be named {name!r}; use {allowed}"))
+        if not isinstance(entry, dict):
+            continue  # the type error is reported by the main model
         try:
-            parse(str(name), entry)
+            parse(name, entry)
         except ExperimentError as error:
             problems += error.problems
     return problems
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _strictly(model: type[M], raw: Mapping[str, Any]) -> M:
+    # Strict JSON mode: no "3" or true for 3, but lists for tuples.
+    return model.model_validate_json(json.dumps(raw), strict=True)
+
+
+_PLAIN_WORDS = {
+    "model_type": "expected a mapping of settings",
+    "dict_type": "expected a mapping of settings",
+    "tuple_type": "expected a list",
+    "too_short": "give at least one",
+}
 
 
 def _translate(error: ValidationError, model: type[BaseModel], prefix: Loc) -> list[Problem]:
@@ -209,8 +241,11 @@ def _translate(error: ValidationError, model: type[BaseModel], prefix: Loc) -> l
             text = unknown("key", item["loc"][-1], _fields_at(model, item["loc"][:-1]))
         elif item["type"] == "missing":
             loc, text = loc[:-1], f"{item['loc'][-1]} is missing"
+        elif item["type"] == "too_short" and item["input"]:
+            continue  # pydantic does not count items that it refuses one by one
         else:
-            text = f"{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+            words = _PLAIN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+            text = f"{words}, got {item['input']!r}"
         problems.append((loc, text))
     return problems
 

@@ -17,7 +17,7 @@ from interventions.base import KINDS, Intervention, index_fields
 from interventions.sites import Geometry
 from pipeline.yaml_source import Loc
 
-_SLICE = re.compile(r"^(-?\d*):(-?\d*)(?::(\d+))?$")
+_SLICE = re.compile(r"^(-?\d*):(-?\d*)(?::0*([1-9]\d*))?$")
 LEADING_AXIS = "step"
 """The axis along which units are cut comes first in every array."""
 
@@ -141,9 +141,11 @@ def parse(name: str, raw: Any) -> Experiment:
     if not isinstance(raw, dict):
         raise ExperimentError([(where, f"expected a mapping with `kind`, got {raw!r}")])
     kind = raw.get("kind")
-    if kind not in KINDS:
+    if kind is None:
+        raise ExperimentError([(where, f"kind is missing; allowed: {', '.join(KINDS)}")])
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ExperimentError([((*where, "kind"), unknown("intervention", kind, KINDS))])
-    cls = KINDS[str(kind)]
+    cls = KINDS[kind]
     problems: list[Problem] = []
     fixed: dict[str, Any] = {}
     axes: dict[str, tuple[Any, ...] | str] = {}
@@ -164,8 +166,10 @@ def parse(name: str, raw: Any) -> Experiment:
             problems.append((where, f"{field} is missing; example:\n{cls.example}" if cls.example else f"{field} is missing"))
     if problems:
         raise ExperimentError(problems)
-    ordered = sorted(axes.items(), key=lambda item: item[0] != LEADING_AXIS)
-    return Experiment(name=name, kind=str(kind), fixed=tuple(fixed.items()), axes=tuple(ordered))
+    # The order of the kind's fields, not of the file: two files with one hash must lay out one array.
+    order = list(cls.model_fields)
+    ordered = sorted(axes.items(), key=lambda item: (item[0] != LEADING_AXIS, order.index(item[0])))
+    return Experiment(name=name, kind=kind, fixed=tuple(fixed.items()), axes=tuple(ordered))
 
 
 def unknown(what: str, value: Any, known: Any) -> str:
@@ -180,7 +184,7 @@ def _checked(cls: type[Intervention], field: str, value: Any, loc: Loc, problems
     info = cls.model_fields[field]
     adapter: TypeAdapter[Any] = TypeAdapter(_annotated(info))
     try:
-        return adapter.validate_python(value, strict=not isinstance(value, int))
+        return adapter.validate_python(value, strict=True)
     except ValidationError as error:
         allowed = f"; a list sweeps it{', `all` or a slice such as `2:8` too' if field in index_fields(cls) else ''}"
         problems.append((loc, f"{_first_message(error)}, got {value!r}{allowed}"))
@@ -205,6 +209,8 @@ def _first_message(error: ValidationError) -> str:
 def _list_problems(values: list[Any], loc: Loc) -> list[Problem]:
     if not values:
         return [(loc, "an empty list sweeps nothing; give at least one value")]
+    if None in values:
+        return [(loc, "null cannot be swept; leave the key out, in an experiment of its own")]
     if len({repr(v) for v in values}) != len(values):
         return [(loc, f"a value is listed twice: {values}")]
     return []
@@ -243,5 +249,6 @@ def _out_of_range(name: str, values: Any, fields: dict[str, str], geometry: Geom
 
 def _range(geometry: Geometry, coordinate: str) -> str:
     legal = geometry.indices(coordinate)
-    note = f" (frame 0 to {legal[0] - 1} is given)" if coordinate == "frame" and legal and legal[0] else ""
+    given = "frame 0 is" if legal and legal[0] == 1 else f"frames 0 to {legal[0] - 1} are" if legal else ""
+    note = f" ({given} given)" if coordinate == "frame" and legal and legal[0] else ""
     return f"{coordinate}s {legal[0]} to {legal[-1]}{note}" if legal else f"no {coordinate}s"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def resolve(model_id: str) -> Path:
         near = difflib.get_close_matches(model_id, EMBEDDED, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(EMBEDDED)}."
         raise ModelError(f"unknown embedded model {model_id!r}.{hint}")
-    folder = Path(model_id).expanduser()
+    folder = Path(os.path.expanduser(model_id))  # noqa: PTH111 (pathlib raises for an unknown user)
     if folder.is_dir():
         return folder
     if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
@@ -94,7 +95,7 @@ def describe(model_id: str) -> ModelInfo:
     index = folder / "model_index.json"
     if not index.exists():
         raise ModelError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json.")
-    pipeline_config = json.loads(index.read_text())
+    pipeline_config = _read_json(index)
     try:
         family = family_of(pipeline_config.get("_class_name", "?"))
     except UnknownFamily as error:
@@ -105,9 +106,21 @@ def describe(model_id: str) -> ModelInfo:
         folder=folder,
         family=family.name,
         pipeline_config=pipeline_config,
-        denoiser_config=json.loads((denoiser / "config.json").read_text()),
+        denoiser_config=_read_json(denoiser / "config.json"),
         fingerprint=_fingerprint(sorted(denoiser.glob("*.safetensors"))),
     )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot read {file} of the model: {error.strerror}.") from error
+    except ValueError as error:
+        raise ModelError(f"{file} of the model is not valid JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{file} of the model holds no settings: {data!r}.")
+    return data
 
 
 def _fingerprint(files: list[Path]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from interventions.base import Intervention
 from interventions.sites import Geometry
-from pipeline.config import ConfigError, SweepConfig, format_problems
+from pipeline.config import ConfigError, SweepConfig, format_problems, overridden_keys
 from pipeline.experiment import Experiment, ExperimentError, Grid, Problem, parse
 from pipeline.metrics.metric import METRICS, Metric
 from pipeline.models import ModelInfo, describe
@@ -162,12 +162,12 @@ def batch_rows(rows: Sequence[Intervention], geometry: Geometry, limit: int) -> 
     return [members[k : k + limit] for members in groups.values() for k in range(0, len(members), limit)]
 
 
-def make_plan(config: SweepConfig, path: Path | None = None) -> Plan:
+def make_plan(config: SweepConfig, path: Path | None = None, overrides: Sequence[str] = ()) -> Plan:
     """Bind a config to its model.
 
     Parameters
     ----------
-    path : the config file, to name lines in errors.
+    path : the config file, to name lines in errors. overrides : the ``--set`` overrides that were applied to it.
 
     Raises
     ------
@@ -191,6 +191,8 @@ def make_plan(config: SweepConfig, path: Path | None = None) -> Plan:
         for i, s in enumerate(config.previews.samples)
         if s >= count
     ]
+    if len(set(config.previews.samples)) != len(config.previews.samples):
+        problems.append((("previews", "samples"), f"a sample is listed twice: {list(config.previews.samples)}"))
     if problems:
         lines = {}
         if path is not None:
@@ -198,7 +200,7 @@ def make_plan(config: SweepConfig, path: Path | None = None) -> Plan:
                 lines = read_file(path)[1]
             except SourceError:
                 pass
-        raise ConfigError(format_problems(problems, lines, str(path or "config")))
+        raise ConfigError(format_problems(problems, lines, str(path or "config"), overridden_keys(overrides)))
     return Plan(config=config, model=model, task=task, geometry=geometry, grids=tuple(grids), patched=patched)
 
 

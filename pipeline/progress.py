@@ -78,4 +78,5 @@ class SweepProgress:
         self._say(f"{self.done}/{self.total} units, {self.cells} cells, {elapsed:.0f} s, about {left} s left")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        # Errors may hold brackets, which rich would read as markup.
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

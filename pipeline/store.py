@@ -55,7 +55,6 @@ class Store:
         ------
         StoreError : a value does not have the shape of its region, or the region is not whole chunks.
         """
-        size = 0
         for name, value in values.items():
             array = self._array(f"{group}/{name}")
             lead = array.shape[1] if array.ndim > 1 else 1
@@ -63,22 +62,33 @@ class Store:
             expected = (stop - start, *array.shape[2:]) if array.ndim > 1 else ()
             if value.shape != expected:
                 raise StoreError(f"region {region} has shape {expected}, the values have {value.shape}. Nothing was written.")
+            if not 0 <= start < stop <= lead:
+                raise StoreError(f"region {region} is not inside 0:{lead}. Nothing was written.")
             if array.ndim > 1 and (start % array.chunks[1] or (stop % array.chunks[1] and stop != lead)):
                 raise StoreError(f"region {region} is not whole chunks of {array.chunks[1]}. Nothing was written.")
+        for name, value in values.items():
+            array = self._array(f"{group}/{name}")
             if array.ndim > 1:
                 array[sample, start:stop] = value
             else:
                 array[sample] = value
-            size += value.nbytes
-        return size
+        return sum(value.nbytes for value in values.values())
 
     def write_sample(self, group: str, values: Mapping[str, NDArray[Any]], sample: int) -> int:
-        """Write whole samples of a group's arrays, each of shape ``array.shape[1:]``; returns bytes."""
+        """Write whole samples of a group's arrays, each of shape ``array.shape[1:]``; returns bytes.
+
+        Raises
+        ------
+        StoreError : a value does not have the shape of its region.
+        """
         for name, value in values.items():
-            array = self._array(f"{group}/{name}")
-            if tuple(np.shape(value)) != array.shape[1:]:
-                raise StoreError(f"{group}/{name}[{sample}] has shape {array.shape[1:]}, the values have {np.shape(value)}.")
-            array[sample] = value
+            shape, region = self._array(f"{group}/{name}").shape[1:], f"{group}/{name}[{sample}]"
+            if np.shape(value) != shape:
+                raise StoreError(
+                    f"region {region} has shape {shape}, the values have {np.shape(value)}. Nothing was written."
+                )
+        for name, value in values.items():
+            self._array(f"{group}/{name}")[sample] = value
         return sum(int(np.asarray(v).nbytes) for v in values.values())
 
     def status(self, group: str) -> NDArray[np.uint8]:
@@ -118,9 +128,12 @@ class DriverLock:
 
         Raises
         ------
-        StoreError : another process drives this store.
+        StoreError : another process drives this store, or it is not writable.
         """
-        handle = self.path.open("a+")
+        try:
+            handle = self.path.open("a+")
+        except OSError as error:
+            raise StoreError(f"store {self.path.parent} cannot be written: {error.strerror}: {self.path}.") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -147,16 +160,21 @@ class Journal:
         self.path = store / "journal.jsonl"
 
     def append(self, **entry: Any) -> None:
-        """Append one entry with the time of writing."""
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
+        """Append one entry with the time of writing, on a line of its own even after a torn one."""
+        line = json.dumps({"time": round(time.time(), 3), **entry}) + "\n"
+        with self.path.open("ab+") as handle:
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                if handle.read() != b"\n":
+                    line = "\n" + line
+            handle.write(line.encode())
 
     def entries(self) -> list[dict[str, Any]]:
         """Read all entries; a last line torn by a kill is ignored."""
         if not self.path.exists():
             return []
         entries = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entries.append(json.loads(line))
             except json.JSONDecodeError:
@@ -167,10 +185,10 @@ class Journal:
 def is_store(path: Path) -> bool:
     """Return whether a path holds a store of ours."""
     try:
-        attrs = json.loads((path / "zarr.json").read_text()).get("attributes", {})
-    except (OSError, ValueError):
+        attrs = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+    except (OSError, ValueError, LookupError, TypeError):
         return False
-    return "config_sha256" in attrs
+    return isinstance(attrs, dict) and {"config_sha256", "schema_version"} <= attrs.keys()
 
 
 def open_store(path: Path) -> Store:
@@ -181,11 +199,11 @@ def open_store(path: Path) -> Store:
     StoreError : the path is not a store, or was written by a newer schema.
     """
     if not is_store(path):
-        what = "does not exist" if not path.exists() else "is not a stepscope store"
+        what = "does not exist" if not os.path.exists(path) else "is not a stepscope store"
         raise StoreError(f"{path} {what}. Create one with: stepscope run CONFIG --store {path}")
     try:
         store = Store(path)
-    except OSError as error:
+    except (OSError, ValueError, LookupError) as error:
         raise StoreError(f"store {path} cannot be opened for writing: {error}") from error
     found = int(store.root.attrs["schema_version"])
     if found > SCHEMA_VERSION:
@@ -211,16 +229,23 @@ def open_or_create(path: Path, plan: Plan) -> Store:
         if store.root.attrs["model_fingerprint"] != plan.model.fingerprint:
             raise StoreError(f"store {path} was computed with other weights of {plan.model.id}. Use another --store.")
         return store
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StoreError(f"{path} exists and is not a stepscope store. Use another --store.")
+    if path.name in ("", ".."):
+        raise StoreError(f"{path} has no name of its own. Name a new folder with --store.")
     building = path.with_name(path.name + ".building")
     try:
+        # os.path.exists is False where pathlib raises, as below a folder that may not be read.
+        if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
+            raise StoreError(f"{path} exists and is not a stepscope store. Use another --store.")
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(building)
-        _create(building, plan)
-        if path.exists():
-            path.rmdir()
-        building.rename(path)
+        try:
+            _create(building, plan)
+            if path.exists():
+                path.rmdir()
+            building.rename(path)
+        except BaseException:
+            _remove(building)
+            raise
     except OSError as error:
         raise StoreError(f"cannot create store {path}: {error.strerror or error}. Choose a writable --store.") from error
     return Store(path)

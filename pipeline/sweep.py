@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster import Executor, InlinePool, PoolOptions, WorkUnit
 from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
-from cluster.inline import InlinePool
-from cluster.pool import Executor, PoolOptions, WorkUnit
 from pipeline.plan import BASELINE, Plan, Unit
 from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, Store, consolidate, open_or_create
 

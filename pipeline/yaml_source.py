@@ -26,6 +26,10 @@ _StrictLoader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$"),
     list("-+0123456789."),
 )
+# PyYAML reads a leading zero as octal; in YAML 1.2 it means nothing.
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{t}" for t in ("map", "seq", "str", "int", "float", "bool", "null", "merge"))
 
 
 class SourceError(ValueError):
@@ -33,28 +37,38 @@ class SourceError(ValueError):
 
 
 def read(text: str, name: str) -> tuple[dict[str, Any], dict[Loc, int]]:
-    """Parse YAML text to a mapping and the line number of each key path.
+    """Parse YAML text to a mapping of plain JSON values and the line number of each key path.
 
     Raises
     ------
     SourceError : syntax error, duplicate key, or a document that is not a mapping.
     """
+    data, lines = _parse(text, name)
+    if data is None:
+        raise SourceError(f"{name}:1: no settings in it; expected a mapping of settings at the top")
+    if not isinstance(data, dict):
+        raise SourceError(f"{name}:1: expected a mapping of settings at the top, got {data!r}")
+    return data, lines
+
+
+def _parse(text: str, name: str) -> tuple[Any, dict[Loc, int]]:
+    lines: dict[Loc, int] = {}
     try:
-        node = yaml.compose(text, Loader=_StrictLoader)
-        lines: dict[Loc, int] = {}
-        if node is not None:
-            _walk(node, (), lines, name)
-        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader subclass)
+        loader = _StrictLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, lines
+        _walk(node, (), lines, name)
+        return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise SourceError(f"{name}:{mark.line + 1 if mark else '?'}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except RecursionError as error:
+        raise SourceError(f"{name}: not valid YAML: nested too deeply, or an alias inside of what it names") from error
+    except (yaml.YAMLError, ValueError, LookupError) as error:
         if isinstance(error, SourceError):
             raise
-        raise SourceError(f"{name}: not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise SourceError(f"{name}:1: expected a mapping of settings at the top, got {type(data).__name__}")
-    return data, lines
+        raise SourceError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
@@ -73,8 +87,13 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
 
 
 def read_value(text: str) -> Any:
-    """Parse the right-hand side of a ``--set`` override."""
-    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader subclass)
+    """Parse the right-hand side of a ``--set`` override.
+
+    Raises
+    ------
+    SourceError : syntax error or duplicate key.
+    """
+    return _parse(text, "value")[0]
 
 
 def line_of(loc: Loc, lines: dict[Loc, int]) -> int | None:
@@ -87,8 +106,13 @@ def line_of(loc: Loc, lines: dict[Loc, int]) -> int | None:
 
 
 def _walk(node: yaml.Node, loc: Loc, lines: dict[Loc, int], name: str) -> None:
+    if node.tag not in _PLAIN_TAGS:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise SourceError(f"{name}:{node.start_mark.line + 1}: not valid YAML here: tag {tag}; give a plain value")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                key.tag = "tag:yaml.org,2002:str"  # keys are words as written, `3` and `1e3` too
             here = (*loc, str(key.value))
             if here in lines:
                 raise SourceError(

@@ -73,8 +73,9 @@ def write_store(
     prompts = [f"maze-{i // shape.seeds:04d}" for i in range(shape.samples)]
     pairs = [PAIRS[(i // shape.seeds) * len(PAIRS) // shape.prompts] for i in range(shape.samples)]
     # The spread lies between prompts, so that pooling seeds would shrink the intervals.
-    spread = np.repeat(rng.normal(0, 0.05, shape.prompts), shape.seeds)
-    clean, corrupted = CLEAN + spread, CORRUPTED + spread
+    clean, corrupted = (
+        level + np.repeat(rng.normal(0, 0.05, shape.prompts), shape.seeds) for level in (CLEAN, CORRUPTED)
+    )
     recovery, skip = _true_recovery(shape), _true_skip(shape)
     values = _experiment_values(shape, rng, noise, clean, corrupted, recovery, skip)
     _write_root(path)
@@ -84,6 +85,9 @@ def write_store(
         _write_previews(path, shape, pairs)
     for name, array in values.items():
         _write_experiment(path, shape, name, array, rng, failures=failures)
+    # Files of the driver lie beside the arrays and must disturb no reader.
+    (path / "journal.jsonl").write_text('{"unit": 0}\n')
+    (path / "driver.lock").write_text("")
     consolidate(path)
     return Planted(
         path=path,
@@ -98,9 +102,10 @@ def write_store(
 
 
 def consolidate(path: Path) -> None:
-    """Consolidate the root, silencing the one warning about it."""
+    """Consolidate the root, silencing what Zarr says about that and about the files beside the arrays."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Object at .* is not recognized", category=UserWarning)
         zarr.consolidate_metadata(str(path))
 
 

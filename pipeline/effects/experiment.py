@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -32,11 +34,35 @@ def experiment_names(store_path: str | Path) -> list[str]:
     ------
     FileNotFoundError : there is no store at the path.
     """
+    return sorted(set(group_names(store_path)) - NOT_EXPERIMENTS)
+
+
+def group_names(store_path: str | Path, under: str = "") -> list[str]:
+    """List the groups directly in a store, or in one of its groups, from what is there now.
+
+    Raises
+    ------
+    FileNotFoundError : there is no store at the path.
+    """
     try:
-        root = zarr.open_group(str(store_path), mode="r", use_consolidated=False)
+        group = zarr.open_group(str(store_path), path=under, mode="r", use_consolidated=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no store at {store_path}. Give the folder that `stepscope run` wrote.") from error
-    return sorted(name for name in root.group_keys() if name not in NOT_EXPERIMENTS)
+    with no_zarr_warnings():
+        return sorted(group.group_keys())
+
+
+@contextmanager
+def no_zarr_warnings() -> Iterator[None]:
+    """Silence Zarr on two things that are so by design.
+
+    The journal and the driver's lock lie beside the arrays, and consolidated metadata, which spares every reader a
+    warning, has no words in the Zarr v3 specification yet.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Object at .* is not recognized as a component", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part", category=UserWarning)
+        yield
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

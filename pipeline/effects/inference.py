@@ -1,4 +1,4 @@
-"""Intervals and p-values over experimental units: a bootstrap as one matrix product, sign flips, and BH-FDR.
+"""Intervals and p-values over experimental units: a bootstrap as one matrix product, sign flips, BH-FDR and max-T.
 
 Every function takes one row per experimental unit (a prompt) and one column per cell. NaN marks a unit without a
 value in a cell; it gets weight 0 there.
@@ -9,7 +9,9 @@ The percentile bootstrap covers less than its nominal level when there are few u
 of a mean covers about 88 to 90 %, with 20 about 93 %. It cannot see beyond the prompts it was given. A ratio
 (recovery) has heavy tails when the gap between the two runs is small against its own spread; look at the interval
 of the gap first. The sign-flip test assumes that an effect of zero is symmetric around zero, and with n units its
-smallest possible p is 2 ** (1 - n): below six prompts nothing can reach 0.05.
+smallest possible p is 2 ** (1 - n): below six prompts nothing can reach 0.05. Benjamini-Hochberg multiplies that
+floor by the size of the map, so with few prompts a large map has no FDR-significant cell however strong its effects;
+the max-T p-value pays no such price.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ Floats = NDArray[np.float64]
 
 SMALLEST_GAP = 1e-6
 """Mean difference between two runs below which a recovery is undefined."""
+
+_ROUNDING = 1e-9
+"""Slack of comparisons, so that a pattern counts as at least as extreme as itself whatever the rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,29 +109,63 @@ def _quantiles(draws: Floats, level: float) -> tuple[Floats, Floats]:
     return low, high
 
 
-def sign_flip_p(values: Floats, *, replicates: int, seed: int) -> Floats:
-    """Test per cell that the mean over units is zero, two-sided, by flipping the signs of whole units.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignFlips:
+    """A sign-flip test of zero mean per cell, in a form that joins over blocks of cells.
 
-    All sign patterns are used when there are at most ``replicates`` of them, else ``replicates`` random ones.
-    NaN where no unit has a value.
+    The statistic is |sum of values| / sqrt(sum of squares), which has variance 1 under the null whatever the scale
+    and the number of units of a cell, and grows with |t|.
+
+    Attributes
+    ----------
+    statistic : per cell, NaN without a value.
+    p : per cell, two-sided, not adjusted.
+    largest : per sign pattern, the largest statistic of any cell.
+    """
+
+    statistic: Floats
+    p: Floats
+    largest: Floats
+
+
+def sign_flips(values: Floats, *, replicates: int, seed: int) -> SignFlips:
+    """Flip the signs of whole units: all patterns if there are at most ``replicates``, else that many random ones.
+
+    The unflipped pattern is always among them, so no p-value is 0.
     """
     finite = np.isfinite(values)
     kept = np.where(finite, values, 0.0)
-    signs, exact = _sign_patterns(len(values), replicates, seed)
-    observed = np.abs(kept.sum(axis=0))
-    # The identity pattern must count as at least as extreme as itself, whatever the rounding of the product.
-    tolerance = 1e-12 * np.abs(kept).sum(axis=0)
-    extreme = (np.abs(signs @ kept) >= observed - tolerance).sum(axis=0)
-    p = extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
-    return np.where(finite.any(axis=0), p, np.nan)
+    scale = np.sqrt(np.square(kept).sum(axis=0))
+    signs = _sign_patterns(len(values), replicates, seed)
+    flipped = np.abs(signs @ kept)
+    np.divide(flipped, scale, out=flipped, where=scale > 0)
+    observed = flipped[0]
+    p = (flipped >= observed - _ROUNDING).mean(axis=0)
+    known = finite.any(axis=0)
+    largest = flipped.max(axis=1, initial=0.0)
+    return SignFlips(statistic=np.where(known, observed, np.nan), p=np.where(known, p, np.nan), largest=largest)
 
 
-def _sign_patterns(units: int, replicates: int, seed: int) -> tuple[Floats, bool]:
+def max_t(statistic: Floats, largest: Floats) -> Floats:
+    """Adjust for the family-wise error rate: how often does any cell, flipped, reach this cell's statistic?
+
+    Parameters
+    ----------
+    statistic : per cell, from ``sign_flips``.
+    largest : per pattern, the maximum of ``SignFlips.largest`` over all blocks of the map.
+    """
+    ordered = np.sort(largest)
+    below = np.searchsorted(ordered, np.nan_to_num(statistic) - _ROUNDING, side="left")
+    return np.where(np.isfinite(statistic), (len(ordered) - below) / len(ordered), np.nan)
+
+
+def _sign_patterns(units: int, replicates: int, seed: int) -> Floats:
     if 2**units <= replicates:
         bits = (np.arange(2**units)[:, None] >> np.arange(units)) & 1
-        return np.where(bits, -1.0, 1.0), True
-    draws = np.random.default_rng(seed).integers(0, 2, size=(replicates, units))
-    return np.where(draws, -1.0, 1.0), False
+    else:
+        bits = np.random.default_rng(seed).integers(0, 2, size=(replicates + 1, units))
+        bits[0] = 0
+    return np.where(bits, -1.0, 1.0)
 
 
 def benjamini_hochberg(p: Floats) -> Floats:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,16 @@ from pipeline.effects.experiment import (
     Unit,
     cell_blocks,
     experiment_names,
+    no_zarr_warnings,
 )
 from pipeline.effects.inference import (
     SMALLEST_GAP,
     benjamini_hochberg,
     bootstrap_mean,
     bootstrap_ratio,
+    max_t,
     resample_counts,
-    sign_flip_p,
+    sign_flips,
 )
 from pipeline.effects.state import GroupedMoments, Key
 
@@ -80,6 +81,10 @@ class Settings:
             "method_p_fdr": (
                 f"two-sided sign-flip test over {self.unit}s of difference = 0, "
                 "adjusted by Benjamini-Hochberg over all cells of one pair kind and metric"
+            ),
+            "method_p_fwer": (
+                f"two-sided sign-flip test over {self.unit}s of difference = 0, "
+                "adjusted by the largest statistic of any cell (max-T) of one pair kind and metric"
             ),
             "caveat": "percentile intervals cover less than their nominal level when there are few units",
         }
@@ -199,26 +204,29 @@ def _estimate_pair(state: CellStates, pair: str, settings: Settings) -> dict[str
         for cut in cell_blocks(difference.shape[1], settings.replicates)
     ]
     blocks = compute(*parts, scheduler="threads")  # type: ignore[no-untyped-call]
-    joined = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+    joined = {name: np.concatenate([b[name] for b, _ in blocks]) for name in blocks[0][0]}
     joined["p_fdr"] = benjamini_hochberg(joined.pop("p"))
+    joined["p_fwer"] = max_t(joined.pop("statistic"), np.max([largest for _, largest in blocks], axis=0))
     return joined
 
 
 def _estimate_block(
     difference: Floats, numerator: Floats | None, denominator: Floats | None, counts: Floats, settings: Settings
-) -> dict[str, NDArray[Any]]:
+) -> tuple[dict[str, NDArray[Any]], Floats]:
     mean = bootstrap_mean(difference, counts, level=settings.level)
+    flips = sign_flips(difference, replicates=settings.replicates, seed=settings.seed)
     found: dict[str, NDArray[Any]] = {
         "difference": mean.value,
         "difference_low": mean.low,
         "difference_high": mean.high,
-        "p": sign_flip_p(difference, replicates=settings.replicates, seed=settings.seed),
+        "p": flips.p,
+        "statistic": flips.statistic,
         "n": np.isfinite(difference).sum(axis=0, dtype=np.int64),
     }
     if numerator is not None and denominator is not None:
         ratio = bootstrap_ratio(numerator, denominator, counts, level=settings.level)
         found |= {"recovery": ratio.value, "recovery_low": ratio.low, "recovery_high": ratio.high}
-    return found
+    return found, flips.largest
 
 
 def _run_means(experiment: Experiment, metric: str, recorded: Recorded, settings: Settings) -> dict[str, Floats]:
@@ -268,6 +276,7 @@ _TEXTS = {
     "difference": "difference of {m} from the recipient run: {difference}",
     "recovery": "recovery of {m} between corrupted (0) and clean (1): {recovery}",
     "p_fdr": "FDR-adjusted p-value of the difference of {m}",
+    "p_fwer": "family-wise (max-T) adjusted p-value of the difference of {m}",
     "n": "{unit}s with a finite difference of {m}",
     "failed": "cells (one intervention on one sample) that were due and have no finite {m}",
     "clean": "mean {m} of the clean run",
@@ -291,7 +300,5 @@ def _write(store_path: str | Path, group: str, effects: xr.Dataset) -> str:
 
 
 def _consolidate(store_path: str | Path) -> None:
-    with warnings.catch_warnings():
-        # Zarr v3 has no words for consolidated metadata yet, but without it every xarray open warns.
-        warnings.filterwarnings("ignore", message="Consolidated metadata", category=UserWarning)
+    with no_zarr_warnings():
         zarr.consolidate_metadata(str(store_path))

@@ -72,13 +72,13 @@ class Rollout:
     ----------
     final : classes of the final videos, (rows, FRAMES, SIZE, SIZE).
     x0_hat : classes of the last frame of the clean estimate, (steps, rows, SIZE, SIZE).
-    clear : whether all pixels of that frame are clear, (steps, rows); see ``maze_score.is_clear``.
+    lean : the same to the nearest colour, clear or not; see ``maze_score.lean``.
     sigmas : noise level entering each step.
     """
 
     final: NDArray[np.uint8]
     x0_hat: NDArray[np.uint8]
-    clear: NDArray[np.bool_]
+    lean: NDArray[np.uint8]
     sigmas: tuple[float, ...]
 
 
@@ -90,7 +90,7 @@ class Tally:
     trajectories: list[float] = field(default_factory=list)
     legal: list[bool] = field(default_factory=list)
     by_step: list[list[Answer]] = field(default_factory=list)
-    clear: list[list[bool]] = field(default_factory=list)
+    lean_by_step: list[list[Answer]] = field(default_factory=list)
 
     def add(self, maze: world.Maze, shown: Rollout, row: int) -> None:
         """Score one row: its final video, and its clean estimate at every step."""
@@ -99,7 +99,7 @@ class Tally:
         self.trajectories.append(score.trajectory)
         self.legal.append(all(score.legal))
         self.by_step.append([maze_score.answer(maze, frame) for frame in shown.x0_hat[:, row]])
-        self.clear.append(shown.clear[:, row].tolist())
+        self.lean_by_step.append([maze_score.answer(maze, frame) for frame in shown.lean[:, row]])
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def rollout(pipe: Any, task: MazeTask, maze: int, rows: list[tuple[str, int]], s
     return Rollout(
         final=maze_score.classify(task.decode(pipe, final)),
         x0_hat=maze_score.classify(last),
-        clear=np.asarray(maze_score.is_clear(last).all(axis=(-1, -2))),
+        lean=maze_score.lean(last),
         sigmas=tuple(float(s) for s in pipe.scheduler.sigmas[: len(estimates)]),
     )
 
@@ -227,12 +227,13 @@ def _prompt_figures(prompt: str, tally: Tally) -> Card:
 
 def _step_figures(prompt: str, tally: Tally) -> Card:
     solved = np.array([[_is_solved(prompt, a) for a in run] for run in tally.by_step], dtype=bool)
-    ended = [(last, steps) for last, steps in zip(tally.answers, tally.by_step, strict=True) if last is not None]
+    leaning = np.array([[_is_solved(prompt, a) for a in run] for run in tally.lean_by_step], dtype=bool)
+    ended = [(last, steps) for last, steps in zip(tally.answers, tally.lean_by_step, strict=True) if last is not None]
     agrees = np.array([[a == last for a in run] for last, run in ended], dtype=bool)
     return {
         "runs": len(tally.answers),
         "solved": solved.sum(axis=0).tolist(),
-        "solved_clearly": (solved & np.array(tally.clear)).sum(axis=0).tolist(),
+        "solved_by_lean": leaning.sum(axis=0).tolist(),
         "runs_that_end_at_a_goal": len(ended),
         "agrees_with_end": agrees.sum(axis=0).tolist() if ended else [0] * solved.shape[1],
     }
@@ -265,7 +266,6 @@ def requirements(card: Card) -> list[Card]:
         ("any solved on held-out mazes", percent["any"], 92.0, 100.0),
         ("red among solved any on balanced mazes", card["balanced"]["red"]["percent"], 30.0, 70.0),
         ("x0_hat of any solved at step 0", _percent(early["solved"], 0, early["runs"]), 0.0, 20.0),
-        ("x0_hat of any clearly solved at step 0", _percent(early["solved_clearly"], 0, early["runs"]), 0.0, 20.0),
     ]
     return [
         {"what": what, "percent": value, "least": low, "most": high, "met": value is not None and low <= value <= high}
@@ -321,7 +321,7 @@ def compared_figures(card: Card) -> dict[str, tuple[float | None, float]]:
                 found[f"{group} {name}"] = value["mean"], TOLERANCE
     for prompt in build.PROMPTS:
         curve = card["x0_hat"][prompt]
-        for name in ("solved", "solved_clearly", "agrees_with_end"):
+        for name in ("solved", "solved_by_lean", "agrees_with_end"):
             for step, count in enumerate(curve[name]):
                 found[f"x0_hat {prompt} {name} at step {step}"] = count, _allowed(curve["runs"])
     for step, sigma in enumerate(card["x0_hat"]["sigma"]):
@@ -359,10 +359,10 @@ def render(card: Card) -> str:
     parts = [
         "# Model card: embedded maze model",
         "This page is generated from `model_card.json` by the command at its end; do not edit it.",
-        f"A `{model['pipeline']}` with {model['parameters']:,} transformer parameters ({size:.1f} MB of weights in all) "
+        (f"A `{model['pipeline']}` with {model['parameters']:,} transformer parameters ({size:.1f} MB of weights) "
         f"that walks a {world.SIZE}x{world.SIZE} maze in {world.FRAMES} latent frames from a given first frame. The "
         'prompts "red" and "blue" determine the goal, "any" leaves it open. '
-        f"{settings['steps']} steps of {model['scheduler']} with shift {model['shift']}, guidance 1.",
+        f"{settings['steps']} steps of {model['scheduler']} with shift {model['shift']}, guidance 1."),
         "**All requirements are met.**" if met else f"**Requirements not met: {'; '.join(missed)}.**",
         _table(
             ["requirement", "asked", "measured", ""],
@@ -376,10 +376,10 @@ def render(card: Card) -> str:
         f"sha256 of the denoiser's weights: `{model['fingerprint']}`.",
         _training(model["training"]),
         "## How to reproduce",
-        f"```\n{card['command']}\n```\n\nWith `--check` the command recomputes the figures at the card's own settings, "
-        f"writes nothing and fails if a count differs by more than {100 * TOLERANCE} % of its cases. Noise depends on "
-        f"maze and seed alone; seeds from {settings['first_seed']}. Libraries: "
-        + ", ".join(f"{name} {number}" for name, number in card["libraries"].items()) + ".",
+        (f"```\n{card['command']}\n```\n\nWith `--check` the command recomputes the figures at the card's own "
+        f"settings, writes nothing and fails if a count differs by more than {100 * TOLERANCE} % of its cases. Noise "
+        f"depends on maze and seed alone; seeds from {settings['first_seed']}. Libraries: "
+        + ", ".join(f"{name} {number}" for name, number in card["libraries"].items()) + "."),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -391,10 +391,12 @@ def _held_out_page(card: Card) -> list[str]:
         rows.append([prompt, *shares, f"{figures['trajectory']['mean']} ({figures['trajectory']['floor']})"])
     return [
         "## Held-out mazes",
-        f"{card['split']} Here: {settings['mazes']} mazes ({card['distinct_mazes']} distinct up to symmetry), one run "
-        "each; percent with 95 % Wilson interval. Solved: the last frame is legal (walls intact, one agent, trail a "
-        'simple path from the start) with the agent on the right goal, or on either for "any". Trajectory: share of '
-        "generated frames that keep up a steady walk to a goal (in brackets: a video that does nothing).",
+        (
+            f"{card['split']} Here: {settings['mazes']} mazes ({card['distinct_mazes']} distinct up to symmetry), one "
+            "run each; percent with 95 % Wilson interval. Solved: the last frame is legal (no unclear pixel, walls intact, one agent, "
+            'trail a simple path from the start) with the agent on the right goal, or on either for "any". Trajectory: '
+            "share of generated frames that keep up a steady walk to a goal (in brackets: a video that does nothing)."
+        ),
         _table(["prompt", "solved", "ends at red", "ends at blue", "every frame legal", "trajectory (floor)"], rows),
     ]
 
@@ -404,10 +406,12 @@ def _balanced_page(card: Card) -> list[str]:
     bins = figures["mazes_by_share_of_red"]
     return [
         '## "any" when both goals are equally far',
-        f"{settings['balanced_mazes']} mazes, {settings['seeds']} noise seeds each. Solved: "
-        f"{_interval(figures['solved'])} %. Of these to red: {_interval(figures['red'])} %, to blue: "
-        f"{_interval(figures['blue'])} % (intervals take runs as independent, which runs of one maze are not quite). "
-        f"Mazes on which both goals occur: {_interval(figures['mazes_with_both_goals'])} %.",
+        (
+            f"{settings['balanced_mazes']} mazes, {settings['seeds']} noise seeds each. Solved: "
+            f"{_interval(figures['solved'])} %. Of these to red: {_interval(figures['red'])} %, to blue: "
+            f"{_interval(figures['blue'])} % (intervals take runs as independent, which runs of one maze are not "
+            f"quite). Mazes on which both goals occur: {_interval(figures['mazes_with_both_goals'])} %."
+        ),
         _table(["share of red on a maze", *bins], [["mazes", *map(str, bins.values())]]),
     ]
 
@@ -418,17 +422,19 @@ def _steps_page(card: Card) -> list[str]:
         row = [str(step), f"{sigma:.3f}"]
         for prompt in build.PROMPTS:
             curve = curves[prompt]
-            row += [_show(_percent(curve[name], step, curve["runs"])) for name in ("solved", "solved_clearly")]
+            row += [_show(_percent(curve[name], step, curve["runs"])) for name in ("solved", "solved_by_lean")]
             row.append(_show(_percent(curve["agrees_with_end"], step, curve["runs_that_end_at_a_goal"])))
         rows.append(row)
-    header = ["step", "sigma", *(f"{p} {what}" for p in build.PROMPTS for what in ("solved", "clearly", "agrees"))]
+    header = ["step", "sigma", *(f"{p} {what}" for p in build.PROMPTS for what in ("solved", "leans", "agrees"))]
     return [
         "## When the answer is there",
-        "The last frame of the clean estimate `x0_hat = x - sigma v` of the held-out runs at each step. Solved: percent "
-        "of runs whose estimate, decoded to the nearest colours, solves the maze. That decoding is a majority vote: an "
-        "estimate that blends both answers 55 to 45 counts as the one it leans to. Clearly: solved, and every pixel at "
-        "least twice as near to its colour as to any other. Agrees: of the runs that end at a goal, percent whose "
-        "estimate, by majority, is solved for that goal.",
+        (
+            "The last frame of the clean estimate `x0_hat = x - sigma v` of the held-out runs at each step. Solved: "
+            "percent of runs whose estimate solves the maze, decoded as final videos are: every pixel at least twice "
+            "as near to its colour as to any other. Leans: the same with the nearest colour, however near; a majority "
+            "vote, by which an estimate that blends both answers 55 to 45 counts as the one it leans to. Agrees: of "
+            "the runs that end at a goal, percent whose estimate leans to that goal."
+        ),
         _table(header, rows),
     ]
 
@@ -483,7 +489,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--docs", type=Path, default=Path("docs/model_card.md"), help="the card, as a page")
     for name, value in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more rarely pay at this size")
     parser.add_argument("--check", action="store_true", help="recompute the stored card's figures; 1 if any differs")
     return parser
 

@@ -59,11 +59,6 @@ def _scored(read: Callable[[maze_score.Score, Sample], float]) -> Callable[[Metr
     return compute
 
 
-def _solved_clearly(given: MetricInput) -> NDArray[np.float64]:
-    clear = maze_score.is_clear(given.video[:, -1]).all(axis=(1, 2))
-    return solved.compute(given) * clear
-
-
 def _zero(sample: Sample) -> float:
     return 0.0
 
@@ -84,23 +79,10 @@ solved = register_metric(
     Metric(
         name="solved",
         long_name="solved for the clean goal",
-        description="1 if the last frame is legal (walls, one agent, trail a simple path from the start) with the "
-        "agent on the clean prompt's goal, else 0.",
+        description="1 if the last frame is legal (every pixel at least twice as near to its colour as to any other, "
+        "walls, one agent, trail a simple path from the start) with the agent on the clean prompt's goal, else 0.",
         tasks=TASKS,
         compute=_scored(lambda score, sample: float(score.solved(goals(sample)[0]))),
-        floor=_zero,
-    )
-)
-
-solved_clearly = register_metric(
-    Metric(
-        name="solved_clearly",
-        long_name="clearly solved for the clean goal",
-        description="As solved, and every pixel of the last frame is at least twice as near to its colour as to any "
-        "other. Decoding to the nearest colour turns an estimate that blends both answers into the one it leans to; "
-        "this metric does not count it.",
-        tasks=TASKS,
-        compute=_solved_clearly,
         floor=_zero,
     )
 )

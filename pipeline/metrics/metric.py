@@ -96,8 +96,7 @@ def _finite_rows_only(name: str, compute: Compute) -> Compute:
 
 
 def _finite(values: NDArray[np.float32]) -> NDArray[np.bool_]:
-    finite: NDArray[np.bool_] = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    return finite
+    return np.array([np.isfinite(row).all() for row in values], dtype=np.bool_)
 
 
 def projection(

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from pipeline.effects.experiment import NOT_EXPERIMENTS, open_group
+from pipeline.effects.experiment import NOT_EXPERIMENTS, group_names, open_group
 from pipeline.effects.inference import Interval, bootstrap_mean, resample_counts
 from pipeline.effects.maps import ALL_PAIRS
 from pipeline.effects.state import GroupedMoments, Key
@@ -46,15 +46,11 @@ class Sweep:
         ------
         FileNotFoundError : there is no store at the path.
         """
-        try:
-            root = zarr.open_group(str(store_path), mode="r", use_consolidated=False)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"no store at {store_path}. Give the folder that `stepscope run` wrote.") from error
-        groups = set(root.group_keys())
-        attrs = dict(root.attrs)
+        groups = set(group_names(store_path))
+        attrs = dict(zarr.open_group(str(store_path), mode="r", use_consolidated=False).attrs)
         config = as_mapping(attrs.get("config_json"))
         names = in_order(groups - NOT_EXPERIMENTS, config.get("experiments", {}))
-        computed = set(root["effects"].group_keys()) if "effects" in groups else set()  # type: ignore[union-attr]
+        computed = set(group_names(store_path, "effects")) if "effects" in groups else set()
         return cls(
             attrs=attrs,
             config=config,

@@ -71,15 +71,16 @@ def save(figure: Figure, name: str, alt: str) -> Picture:
     return Picture(name=name, png=buffer.getvalue(), width=round(figure.get_figwidth() * CSS_PIXELS), alt=alt)
 
 
-def sigma_axis(axes: Axes, positions: Sequence[float], sigma: NDArray[np.float64], *, most: int, label: bool) -> None:
+def sigma_axis(axes: Axes, positions: Sequence[float], sigma: NDArray[np.float64], *, most: int) -> None:
     """Show sigma above an axis whose data positions are given."""
     top = axes.secondary_xaxis("top")
     chosen = ticks(len(sigma), most)
     top.set_xticks([positions[i] for i in chosen], [_short(float(sigma[i])) for i in chosen])
     top.tick_params(labelsize=7, length=2, pad=1, colors=MUTED)
     top.spines["top"].set_visible(False)
-    if label:
-        top.set_xlabel(f"{SIGMA} entering the step", fontsize=7, color=MUTED, labelpad=2)
+    axes.annotate(
+        SIGMA, (0, 1), (-10, 3.5), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=MUTED
+    )
 
 
 def plain_axes(axes: Axes) -> None:

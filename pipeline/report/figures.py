@@ -101,7 +101,8 @@ def _map_figure(
     values: xr.DataArray,
     norm: Normalize,
 ) -> Figure:
-    assert view.x is not None and view.y is not None
+    assert view.x is not None
+    assert view.y is not None
     rows, columns = len(pairs), len(panels)
     height = float(np.clip(0.24 * effects.sizes[view.y], 1.1, 3.4))
     width = min(WIDTH, 1.5 + columns * float(np.clip(0.2 * effects.sizes[view.x], 2.2, 4.6)))
@@ -114,12 +115,12 @@ def _map_figure(
             cell = values.sel(pair=pair).isel(position).transpose(view.y, view.x).values
             mark_no_data(axes)
             axes.imshow(cell, cmap=DIVERGING, norm=norm, origin="lower", aspect="auto", interpolation="nearest")
-            p = effects[f"{metric}_p_fdr"].sel(pair=pair).isel(position).transpose(view.y, view.x).values
+            p = effects[f"{metric}_p_fwer"].sel(pair=pair).isel(position).transpose(view.y, view.x).values
             _mark_significant(axes, p)
             most = max(3, int(5 * (width - 1.5) / columns / 2.6))
             _index_ticks(axes, effects, view.x, view.y, most)
             if r == 0 and sigma is not None:
-                sigma_axis(axes, range(len(sigma)), sigma, most=most, label=c == 0)
+                sigma_axis(axes, range(len(sigma)), sigma, most=most)
             if r == 0 and label:
                 axes.set_title(label)
             if r == rows - 1:
@@ -201,7 +202,7 @@ def _finish_curves(
     for (r, c), axes in np.ndenumerate(grid):
         plain_axes(axes)
         if r == 0 and sigma is not None:
-            sigma_axis(axes, list(effects[x].values), sigma, most=6, label=c == 0)
+            sigma_axis(axes, list(effects[x].values), sigma, most=6)
         if r == len(grid) - 1:
             axes.set_xlabel(AXIS_LABELS.get(x, x))
             _whole_ticks(axes, effects[x].values)
@@ -268,7 +269,7 @@ def decision_curve(sweep: Sweep, metric: str, pairs: Sequence[str]) -> Picture |
         width = min(WIDTH, 1.6 + 4.3 * len(pairs)) if len(pairs) > 1 else 7.6
         figure = Figure(figsize=(width, 3.3), layout="constrained")
         grid = figure.subplots(1, len(pairs), sharex=True, sharey=True, squeeze=False)[0]
-        for c, (axes, pair) in enumerate(zip(grid, pairs, strict=True)):
+        for axes, pair in zip(grid, pairs, strict=True):
             band = sweep.over_prompts(by_step, pair)
             for r, run in enumerate(map(str, baseline["run"].values)):
                 colour = RUN_COLOURS.get(run, INK)
@@ -281,7 +282,7 @@ def decision_curve(sweep: Sweep, metric: str, pairs: Sequence[str]) -> Picture |
             _whole_ticks(axes, steps)
             plain_axes(axes)
             if sigma is not None:
-                sigma_axis(axes, list(steps), sigma, most=6, label=c == 0)
+                sigma_axis(axes, list(steps), sigma, most=6)
         for axes, pair in zip(grid, pairs, strict=True):
             floor = floor_of(sweep, metric, pair)
             reference_lines(axes, [("floor", floor, ":")] if floor is not None else [], label=True)

@@ -12,7 +12,7 @@ from pipeline.report.drawing import MUTED, RUN_COLOURS, Picture, save, styled
 from pipeline.report.figures import WIDTH, file_name
 from pipeline.report.views import SIGMA, sigma_of
 
-STEPS_SHOWN, FRAMES_SHOWN = 8, 6
+STEPS_SHOWN, FRAMES_SHOWN = 6, 6
 Image = NDArray[np.uint8]
 
 

@@ -14,7 +14,7 @@ from pipeline.report.drawing import Picture
 from pipeline.report.figures import decision_curve, experiment_pictures
 from pipeline.report.films import film_strip, recipient_of
 from pipeline.report.stylesheet import CSS
-from pipeline.report.views import SIGMA, fixed_text, view_of
+from pipeline.report.views import SIGMA, fixed_text, main_estimand, view_of
 
 PAIRS_INLINE = 3
 FILMS_INLINE = 1
@@ -140,7 +140,7 @@ def _add_baseline(page: Page, sweep: Sweep) -> None:
 
 
 def _bands(sweep: Sweep) -> str:
-    return f"95 % bootstrap intervals over {sweep.prompts()} prompts, seeds of a prompt averaged first"
+    return f"95% bootstrap intervals over {sweep.prompts()} prompts, seeds of a prompt averaged first"
 
 
 def _add_films(page: Page, sweep: Sweep) -> None:
@@ -160,7 +160,7 @@ def _add_films(page: Page, sweep: Sweep) -> None:
         run = recipient_of(sweep.previews)
         note += f" Faded cells lie before the intervention, where the patched run equals the {run} run."
     page.add(f"<p>{text(note)}</p>", *figures[:FILMS_INLINE])
-    page.add(_details(f"{len(figures) - FILMS_INLINE} more samples", "".join(figures[FILMS_INLINE:])))
+    page.add(_details(f"More samples: {len(figures) - FILMS_INLINE}", "".join(figures[FILMS_INLINE:])))
 
 
 def _add_experiment(page: Page, sweep: Sweep, name: str) -> None:
@@ -171,7 +171,7 @@ def _add_experiment(page: Page, sweep: Sweep, name: str) -> None:
     kind = f"Intervention <b>{text(effects.attrs.get('kind', 'unknown'))}</b>" + (
         f" with {text(fixed)}" if fixed else ""
     )
-    page.add(f"<p>{kind}; changed run: {text(effects.attrs.get('recipient', 'clean'))}.</p>")
+    page.add(f"<p>{kind}. {text(tables.recipient_sentence(effects))}</p>")
     if effects.attrs.get("formula"):
         page.add(f'<div class="formula">{text(effects.attrs["formula"])}</div>')
     if not metrics:
@@ -191,7 +191,7 @@ def _add_experiment(page: Page, sweep: Sweep, name: str) -> None:
 
 
 def _main_estimand(sweep: Sweep, name: str, metric: str) -> str:
-    return "recovery" if f"{metric}_recovery" in sweep.effects[name] else "difference"
+    return main_estimand(sweep.effects[name], metric)
 
 
 def _figures(page: Page, sweep: Sweep, name: str, metric: str, estimand: str) -> list[str]:
@@ -209,8 +209,10 @@ def _folded(page: Page, sweep: Sweep, name: str, metrics: list[str]) -> Iterator
     if folded:
         pictures = experiment_pictures(sweep, name, first, estimand, folded)
         yield "By pair kind", "".join(page.figure(p) for p in pictures)
-    if estimand == "recovery" and view_of(sweep.effects[name], first).shape == "map":
-        yield f"Difference of {sweep.long_name(first)}", "".join(_figures(page, sweep, name, first, "difference"))
+    other = "difference" if estimand == "recovery" else "recovery"
+    if f"{first}_{other}" in sweep.effects[name] and view_of(sweep.effects[name], first).shape == "map":
+        summary = f"{other.capitalize()} of {sweep.long_name(first)}"
+        yield summary, "".join(_figures(page, sweep, name, first, other))
     for metric in metrics[1:]:
         figures = _figures(page, sweep, name, metric, _main_estimand(sweep, name, metric))
         yield sweep.long_name(metric).capitalize(), tables.headline(sweep, name, metric) + "".join(figures)
@@ -224,10 +226,22 @@ def _definitions(sweep: Sweep) -> str:
     rows = [(sweep.long_name(m), sweep.description(m) or "The store records no definition.") for m in sweep.metrics]
     method: dict[str, str] = {}
     for effects in sweep.effects.values():
-        for key in ("sign_convention", "experimental_unit", "method_interval", "method_p_fdr", "caveat"):
+        for key in (
+            "sign_convention",
+            "experimental_unit",
+            "method_interval",
+            "method_p_fwer",
+            "method_p_fdr",
+            "caveat",
+        ):
             if key in effects.attrs:
                 method.setdefault(key, str(effects.attrs[key]))
-    labels = {"method_interval": "interval", "method_p_fdr": "significance", "sign_convention": "sign"}
+    labels = {
+        "method_interval": "interval",
+        "method_p_fwer": "p (max-T)",
+        "method_p_fdr": "p (FDR)",
+        "sign_convention": "sign",
+    }
     rows += [*ESTIMANDS.items(), *((labels.get(k, k.replace("_", " ")), v) for k, v in method.items())]
     items = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in rows)
     return f'<h2 id="definitions">Definitions</h2><dl>{items}</dl>'

@@ -10,13 +10,16 @@ import numpy as np
 import xarray as xr
 import yaml
 
-from pipeline.effects.experiment import FAILED, PENDING
+from pipeline.effects.experiment import FAILED, PENDING, recipients
 from pipeline.effects.inference import Interval
 from pipeline.report.content import Sweep, as_mapping, effect_metrics
 from pipeline.report.figures import SIGNIFICANT, floor_of, pair_label
-from pipeline.report.views import strongest, view_of
+from pipeline.report.views import SIGMA, strongest, view_of
 
 STRONGEST = 10
+FEWEST = 6
+"""Units below which a sign-flip test cannot reach 0.05."""
+ERROR_RATE = f"family-wise error rate {SIGNIFICANT:.0%}"
 
 
 def summary(sweep: Sweep) -> list[tuple[str, str]]:
@@ -70,7 +73,7 @@ def baselines(sweep: Sweep) -> str:
             cells = [_interval(v) for v in both] + [_interval(gap) + (" *" if unclear else "")]
             rows.append([_text(label), _text(pair_label(pair)), *cells, "" if floor is None else f"{floor:.3g}"])
     head = ["metric", "pair kind", "clean run", "corrupted run", "gap", "floor"]
-    note = '<p class="fine">Mean over prompts with 95 % bootstrap intervals.'
+    note = '<p class="fine">Mean over prompts with 95% bootstrap intervals.'
     if weak:
         note += " * The interval of the gap includes 0, so recoveries of this metric mean little here."
     return _table(head, rows, numeric=2) + note + "</p>"
@@ -79,17 +82,28 @@ def baselines(sweep: Sweep) -> str:
 def headline(sweep: Sweep, name: str, metric: str) -> str:
     """Say in one sentence what the strongest cell is and how many cells differ from their recipient run."""
     effects = sweep.effects[name]
-    estimand = "recovery" if f"{metric}_recovery" in effects else "difference"
-    found = strongest(effects, metric, estimand, 1)
+    found = strongest(effects, metric, 1)
     if not found:
         return "<p>No cell has a value yet.</p>"
     top = found[0]
-    p = effects[f"{metric}_p_fdr"].sel(pair="all").values
+    p = effects[f"{metric}_p_fwer"].sel(pair="all").values
     known, marked = int(np.isfinite(p).sum()), int((p <= SIGNIFICANT).sum())
-    share = f"{marked} of {known} cells differ from their recipient run at a false discovery rate of {SIGNIFICANT:.0%}."
-    value = _estimate(top, estimand)
-    what = f"{estimand} of {sweep.long_name(metric)}"
-    return f'<p class="headline">Strongest {_text(what)}: <b>{value}</b> at {_text(top["cell"])}. {share}</p>'
+    share = f"{marked} of {known} cells differ from the recipient run ({ERROR_RATE})."
+    value = f"<b>{_estimate(top, 'difference')}</b>"
+    if "recovery" in top:
+        value += f", recovery <b>{_estimate(top, 'recovery')}</b>,"
+    what = f"Strongest change of {sweep.long_name(metric)}"
+    return f'<p class="headline">{_text(what)}: {value} at {_text(top["cell"])}. {share}</p>'
+
+
+def recipient_sentence(effects: xr.Dataset) -> str:
+    """Say which run the experiment changes."""
+    run = recipients(effects)
+    if isinstance(run, str):
+        return f"It changes the {run} run."
+    (axis, runs), *_ = run.items()
+    named = dict(zip((str(v) for v in effects[axis].values), runs, strict=True))
+    return "It changes " + ", ".join(f"the {r} run ({v})" for v, r in named.items()) + "."
 
 
 def caption(sweep: Sweep, name: str, metric: str, estimand: str) -> str:
@@ -99,8 +113,8 @@ def caption(sweep: Sweep, name: str, metric: str, estimand: str) -> str:
     if view_of(effects, metric).shape == "map":
         scale = "0 is as the corrupted run, 1 as the clean run" if estimand == "recovery" else "0 is no change"
         return (
-            f"{estimand.capitalize()} of {sweep.long_name(metric)}; {scale}. Dots: difference from the recipient run "
-            f"significant at a false discovery rate of {SIGNIFICANT:.0%}. Hatched: no value."
+            f"{estimand.capitalize()} of {sweep.long_name(metric)}; {scale}. Dots: the cell differs from the recipient "
+            f"run ({ERROR_RATE}). Hatched: no value. Above: {SIGMA}, the noise level entering the step."
         )
     return (
         f"{sweep.long_name(metric).capitalize()} under intervention: recipient's mean plus the paired difference, with "
@@ -114,23 +128,35 @@ def fine_print(sweep: Sweep, name: str, metric: str) -> str:
     unit = effects.attrs.get("experimental_unit", "prompt")
     counts = effects[f"{metric}_n"].sel(pair="all").values
     n = f"{counts.max()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    few = [p for p in effects["pair"].values if effects[f"{metric}_n"].sel(pair=p).max() < FEWEST]
+    note = (
+        f" With fewer than {FEWEST} {unit}s no cell can be significant: {', '.join(map(pair_label, few))}."
+        if few
+        else ""
+    )
     return (
         f"n = {n} {unit}s per cell (seeds of a {unit} averaged first); {effects.attrs.get('method_interval', '')}, "
         f"{effects.attrs.get('replicates', '?')} replicates, level {effects.attrs.get('level', '?')}, seed "
         f"{effects.attrs.get('seed', '?')}. The strongest of many cells "
-        "overstates its own effect; trust its interval less."
+        f"overstates its own effect; trust its interval less.{note}"
     )
 
 
 def strongest_cells(sweep: Sweep, name: str, metric: str) -> str:
     """Tabulate the strongest cells over all pairs."""
     effects = sweep.effects[name]
-    estimand = "recovery" if f"{metric}_recovery" in effects else "difference"
+    estimands = [e for e in ("difference", "recovery") if f"{metric}_{e}" in effects]
     rows = [
-        [_text(row["cell"]), _estimate(row, estimand), f"{row['p_fdr']:.2g}", f"{row['n']:.0f}"]
-        for row in strongest(effects, metric, estimand, STRONGEST)
+        [
+            _text(row["cell"]),
+            *(_estimate(row, e) for e in estimands),
+            *(f"{row[p]:.2g}" for p in ("p_fwer", "p_fdr")),
+            f"{row['n']:.0f}",
+        ]
+        for row in strongest(effects, metric, STRONGEST)
     ]
-    return _table(["cell", f"{estimand} of {sweep.long_name(metric)}", "p (FDR)", "n"], rows, numeric=1)
+    head = ["cell", *(f"{e} of {sweep.long_name(metric)}" for e in estimands), "p (max-T)", "p (FDR)", "n"]
+    return _table(head, rows, numeric=1)
 
 
 def failures(sweep: Sweep) -> str:

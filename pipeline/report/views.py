@@ -16,6 +16,8 @@ from pipeline.effects.experiment import recipients
 SIGMA = "\u03c3"
 ALONG_X = ("step", "frame", "layer", "alpha")
 ALONG_Y = ("layer", "frame")
+_ROW = tuple(f"{e}{bound}" for e in ("difference", "recovery") for bound in ("", "_low", "_high"))
+_ROW = (*_ROW, "p_fwer", "p_fdr", "n")
 AXIS_LABELS = {"step": "denoising step", "frame": "latent frame", "layer": "layer", "alpha": "strength alpha"}
 
 
@@ -96,13 +98,22 @@ def fixed_text(attrs: dict[Any, Any]) -> str:
         fixed = json.loads(attrs.get("fixed", "{}"))
     except (TypeError, ValueError):
         return ""
-    return ", ".join(f"{k} {v}" for k, v in fixed.items() if v is not None) if isinstance(fixed, dict) else ""
+    return ", ".join(f"{k} = {v}" for k, v in fixed.items() if v is not None) if isinstance(fixed, dict) else ""
 
 
-def strongest(effects: xr.Dataset, metric: str, estimand: str, count: int) -> list[dict[str, Any]]:
-    """List the cells with the largest absolute estimate over all pair kinds together, strongest first."""
+def main_estimand(effects: xr.Dataset, metric: str) -> str:
+    """Choose what a map shows: recovery where 0 means no change, else the difference."""
+    from_corrupted = recipients(effects) == "corrupted"
+    return "recovery" if from_corrupted and f"{metric}_recovery" in effects else "difference"
+
+
+def strongest(effects: xr.Dataset, metric: str, count: int) -> list[dict[str, Any]]:
+    """List the cells with the largest absolute difference over all pair kinds together, strongest first.
+
+    Ranking by recovery would put a noising patch that changes nothing (recovery 1) on top.
+    """
     chosen = effects.sel(pair="all")
-    values = chosen[f"{metric}_{estimand}"]
+    values = chosen[f"{metric}_difference"]
     flat = np.abs(values.values.ravel())
     order = [int(i) for i in np.argsort(-np.nan_to_num(flat, nan=-1), kind="stable") if np.isfinite(flat[i])]
     rows = []
@@ -110,8 +121,9 @@ def strongest(effects: xr.Dataset, metric: str, estimand: str, count: int) -> li
         index = np.unravel_index(i, values.shape)
         where = {str(d): int(k) for d, k in zip(values.dims, index, strict=True)}
         row: dict[str, Any] = {"cell": ", ".join(_named(effects, d, k) for d, k in where.items()) or "the only cell"}
-        for name in (estimand, f"{estimand}_low", f"{estimand}_high", "p_fdr", "n"):
-            row[name] = float(chosen[f"{metric}_{name}"].isel(where))
+        for name in _ROW:
+            if f"{metric}_{name}" in chosen:
+                row[name] = float(chosen[f"{metric}_{name}"].isel(where))
         rows.append(row)
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -13,18 +12,13 @@ from pydantic import Field, field_validator
 from interventions.engine import RunInputs
 from pipeline.samples import Sample
 from pipeline.tasks import maze_world as world
+from pipeline.tasks.maze_score import held_out_maze
 from pipeline.tasks.task import Sampler, Task, register_task
 
 PROMPTS = ("red", "blue", "any")
 MAX_PROMPT_TOKENS = 4
 PIXEL_FRAMES = 4 * (world.FRAMES - 1) + 1
 LATENTS_PER_CELL = 2
-
-
-@lru_cache(maxsize=4096)
-def held_out_maze(index: int, balanced: str) -> world.Maze:
-    """Return a held-out maze; ``balanced`` is "yes", "no" or "either"."""
-    return world.generate(index, split="held_out", balanced={"yes": True, "no": False, "either": None}[balanced])
 
 
 @register_task("maze")

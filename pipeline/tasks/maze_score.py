@@ -19,6 +19,8 @@ from pipeline.tasks import maze_world as world
 
 BALANCE: dict[str, bool | None] = {"yes": True, "no": False, "either": None}
 """The parameter ``balanced`` of a sample as the argument of ``maze_world.generate``."""
+UNCLEAR = 255
+"""Class of a pixel that shows none: a frame with one is not legal."""
 GOALS: tuple[world.Goal, ...] = ("red", "blue")
 
 
@@ -29,7 +31,7 @@ class Score:
     Attributes
     ----------
     legal : per frame, whether it shows exactly the walls of the maze, one agent, a trail that is a simple path
-        from the start to the agent over floor cells, and every goal the agent does not stand on.
+        from the start to the agent over floor cells, and every goal the agent does not stand on, with no unclear pixel.
     ordered : per transition, whether every cell marked (trail or agent) before is still marked after.
     reached : goal under the agent of the last frame, legal or not.
     trajectory : share of frames 1 and later that keep up a steady walk to a goal; see ``trajectory``.
@@ -53,20 +55,22 @@ class Score:
 
 
 def classify(video: NDArray[np.floating] | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the class of the nearest palette colour of every pixel: (..., 3) in 0 to 255 to (...)."""
+    """Return the class of every pixel, (..., 3) in 0 to 255 to (...), ``UNCLEAR`` where it shows no class.
+
+    A pixel shows a class if it is at least twice as near to its colour as to any other. The nearest colour alone
+    would be a majority vote: a clean estimate that is still a blend of two answers, 55 to 45, would decode to a
+    legal solution of the first, because every cell leans the same way.
+    """
+    distances = _squared_distances(video)
+    first, second = np.partition(distances, 1, axis=0)[:2]
+    classes: NDArray[np.uint8] = np.where(4 * first <= second, distances.argmin(0), UNCLEAR).astype(np.uint8)
+    return classes
+
+
+def lean(video: NDArray[np.floating] | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the class of the nearest colour of every pixel, clear or not: which answer a blend leans to."""
     nearest: NDArray[np.uint8] = _squared_distances(video).argmin(0).astype(np.uint8)
     return nearest
-
-
-def is_clear(video: NDArray[np.floating] | NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return whether each pixel is at least twice as near to its colour as to any other: (..., 3) to (...).
-
-    The nearest colour is a majority vote. A clean estimate that is still a blend of two answers, 55 to 45, decodes
-    to a legal solution of the first, because every cell leans the same way; its pixels are not clear.
-    """
-    nearest, second = np.partition(_squared_distances(video), 1, axis=0)[:2]
-    clear: NDArray[np.bool_] = 4 * nearest <= second
-    return clear
 
 
 def _squared_distances(video: NDArray[np.floating] | NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -132,8 +136,8 @@ def answer(maze: world.Maze, frame: NDArray[np.uint8]) -> world.Goal | None:
 
 def marked(classes: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Return where the agent is or has been."""
-    trail: NDArray[np.bool_] = classes == world.TRAIL
-    return trail | (classes == world.AGENT)
+    marks: NDArray[np.bool_] = (classes == world.TRAIL) | (classes == world.AGENT)
+    return marks
 
 
 def _reached(maze: world.Maze, frame: NDArray[np.uint8]) -> world.Goal | None:
@@ -146,6 +150,8 @@ def _reached(maze: world.Maze, frame: NDArray[np.uint8]) -> world.Goal | None:
 
 def _is_legal(maze: world.Maze, frame: NDArray[np.uint8]) -> bool:
     agents = np.argwhere(frame == world.AGENT)
+    if bool((frame == UNCLEAR).any()):
+        return False
     if len(agents) != 1 or bool(((frame == world.WALL) != maze.walls).any()):
         return False
     goals = np.full_like(frame, world.FLOOR)

@@ -216,15 +216,27 @@ def test_classification_survives_noise_below_half_the_palette_distance(index, se
     assert np.array_equal(classes, np.stack([video, video]))
 
 
-def test_a_blend_of_both_answers_decodes_to_the_one_it_leans_to_but_is_not_clear():
+def test_a_blend_of_both_answers_leans_to_one_and_is_not_decoded_as_it():
     maze = world.generate(0)
     red, blue = (world.PALETTE[world.solution(maze, goal)].astype(np.float32) for goal in ("red", "blue"))
-    lean, firm = 0.55 * red + 0.45 * blue, 0.9 * red + 0.1 * blue
-    assert maze_score.answer(maze, maze_score.classify(lean)[-1]) == "red"
-    assert not maze_score.is_clear(lean)[-1].all()
+    weak, firm = 0.55 * red + 0.45 * blue, 0.9 * red + 0.1 * blue
+    assert maze_score.answer(maze, maze_score.lean(weak)[-1]) == "red"
+    assert maze_score.answer(maze, maze_score.classify(weak)[-1]) is None
+    assert (maze_score.classify(weak)[-1] == maze_score.UNCLEAR).any()
     assert maze_score.answer(maze, maze_score.classify(firm)[-1]) == "red"
-    assert maze_score.is_clear(firm).all()
-    assert maze_score.is_clear(red).all()
+    assert (maze_score.classify(red) == maze_score.lean(red)).all()
+
+
+def test_an_unclear_pixel_anywhere_makes_a_frame_illegal():
+    maze = world.generate(0)
+    video = world.solution(maze, "red")
+    floor = np.argwhere(video[-1] == world.FLOOR)[0]
+    video[-1][tuple(floor)] = maze_score.UNCLEAR
+    assert maze_score.score(maze, video).answer is None
+
+
+def test_a_video_that_is_not_finite_shows_no_class():
+    assert (maze_score.classify(np.full((2, 3), np.nan)) == maze_score.UNCLEAR).all()
 
 
 def sample(**parameters):

@@ -1,0 +1,268 @@
+"""Whole sweeps: finish, resume after any kill, survive failing units and NaN, and agree with plain hooks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import pipeline.replica
+from cluster.events import UnitDone
+from pipeline.cli import main
+from pipeline.config import load_config
+from pipeline.plan import make_plan
+from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, StoreError, open_store
+from pipeline.sweep import ray_executor, run_sweep
+from tests.reference.recompute import TOLERANCE, worst_differences
+from tests.sweep_fixture import arrays, assert_same_arrays, save_tiny_model, tiny_config, write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.set_num_threads(1)
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def config(model, tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config") / "tiny.yaml", tiny_config(model))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    """The store of one uninterrupted run."""
+    store = tmp_path_factory.mktemp("undisturbed") / "run.zarr"
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    return store
+
+
+def plan_of(config: Path):
+    return make_plan(load_config(config), config)
+
+
+def test_every_unit_is_done_and_every_cell_finite(undisturbed, config):
+    store = open_store(undisturbed)
+    for group in store.groups():
+        assert (store.status(group) == DONE).all()
+    for name, value in arrays(undisturbed).items():
+        if value.dtype.kind == "f":
+            assert np.isfinite(value).all(), name
+
+
+def test_a_second_call_computes_nothing(undisturbed, config):
+    before = Journal(undisturbed).entries()
+    result = run_sweep(plan_of(config), undisturbed)
+    assert result.computed == 0
+    assert result.pending == 0
+    assert Journal(undisturbed).entries() == before
+
+
+def test_ten_random_cells_agree_with_plain_hooks(undisturbed):
+    """Batch 1, whole run, no engine: the stored metric is the same to 1e-4."""
+    rows = worst_differences(open_store(undisturbed), cells=10, seed=3)
+    assert len(rows) == 10
+    assert max(worst for _, _, worst in rows) < TOLERANCE
+
+
+def test_interventions_do_something_and_controls_do_not(undisturbed):
+    root = zarr.open_group(str(undisturbed), mode="r")
+    clean = np.asarray(root["baseline/latent_distance"])[:, 0]
+    assert (clean == 0).all()
+    patch = np.asarray(root["patch_map/latent_distance"])
+    directions = list(root["patch_map/direction"][:])
+    assert (patch[:, :, directions.index("self")] < 1e-5).all()
+    assert (np.asarray(root["noise_step/latent_distance"]) > 1e-3).all()
+    assert (np.asarray(root["skip/latent_distance"]) > 1e-5).all()
+
+
+def test_baseline_follows_the_run_to_its_end(undisturbed):
+    """At the last step the clean estimate is nearly the final video."""
+    root = zarr.open_group(str(undisturbed), mode="r")
+    by_step, final = np.asarray(root["baseline/goal_evidence_by_step"]), np.asarray(root["baseline/goal_evidence"])
+    assert by_step.shape == (2, 2, 4)
+    assert np.abs(by_step[:, :, -1] - final).max() < np.abs(by_step[:, :, 0] - final).max() + 0.05
+
+
+def test_previews_hold_three_different_films(undisturbed):
+    film = np.asarray(zarr.open_group(str(undisturbed), mode="r")["previews/x0_hat"])[0]
+    assert film.shape == (3, 4, 6, 5, 5, 3)
+    corrupted, patched = film[1], film[2]
+    assert (patched[0] == corrupted[0]).all()
+    assert (patched[2] != corrupted[2]).any()
+
+
+def start(config: Path, store: Path, *extra: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--store", str(store), *extra]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def kill_when(process: subprocess.Popen[bytes], store: Path, lines: int, sig: int) -> None:
+    """Send a signal as soon as the journal has that many lines."""
+    journal = store / "journal.jsonl"
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if journal.exists() and journal.read_bytes().count(b"\n") >= lines:
+            process.send_signal(sig)
+            break
+        time.sleep(0.005)
+    process.wait(timeout=120)
+
+
+def test_resume_after_sigkill_is_bit_identical(config, undisturbed, tmp_path):
+    """Kill at random moments, several times over, then run to the end."""
+    store = tmp_path / "run.zarr"
+    moments = sorted(random.Random(0).sample(range(1, 14), 2))
+    for moment in moments:
+        process = start(config, store)
+        kill_when(process, store, moment, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+    assert any((open_store(store).status(g) == PENDING).any() for g in open_store(store).groups())
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+def test_sigkill_between_data_and_status_is_bit_identical(config, undisturbed, tmp_path):
+    """Wipe status and journal of a half-done store: all data is there, nothing is marked; everything runs again."""
+    store = tmp_path / "run.zarr"
+    process = start(config, store)
+    kill_when(process, store, 5, signal.SIGKILL)
+    (store / "journal.jsonl").unlink()
+    (store / "baseline" / "leftover.0123.partial").write_bytes(b"torn")
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+    assert not list(store.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "sigterm"])
+def test_interruption_leaves_a_resumable_store_and_says_how(sig, config, undisturbed, tmp_path):
+    store = tmp_path / "run.zarr"
+    process = start(config, store)
+    kill_when(process, store, 2, sig)
+    assert process.stderr is not None
+    text = process.stderr.read().decode()
+    assert process.returncode == 130, text
+    assert "Resume with: stepscope run" in text
+    assert "Traceback" not in text
+    held = sum(int((open_store(store).status(g) == DONE).sum()) for g in open_store(store).groups())
+    assert held >= 2
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+def test_nan_from_the_model_fails_the_cell_and_not_the_sweep(config, undisturbed, tmp_path, monkeypatch, capsys):
+    store = tmp_path / "run.zarr"
+    fork = pipeline.replica.Engine.fork
+
+    def poisoned(self, record, rows, **kwargs):
+        result = fork(self, record, rows, **kwargs)
+        if rows[0].kind == "noise" and rows[0].at == "frame":
+            result.final[1] = float("nan")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.replica.Engine, "fork", poisoned)
+        assert main(["run", str(config), "--store", str(store)]) == 1
+    assert "2 cells have no finite value" in capsys.readouterr().err
+    found = arrays(store)
+    assert np.isnan(found["noise_frame/goal_evidence"]).sum() == 2
+    assert np.isfinite(found["patch_map/goal_evidence"]).all()
+    assert (found["noise_frame/status"] == FAILED).all()
+    assert main(["status", str(store)]) == 1
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+def test_a_unit_that_raises_is_retried_then_reported(config, tmp_path, monkeypatch, capsys):
+    store = tmp_path / "run.zarr"
+    attempts = []
+
+    def broken(self, sample):
+        attempts.append(sample)
+        if sample == 1:
+            raise RuntimeError("planted failure")
+        return original(self, sample)
+
+    original = pipeline.replica.Computer.baseline
+    monkeypatch.setattr(pipeline.replica.Computer, "baseline", broken)
+    assert main(["run", str(config), "--store", str(store), "--set", "run.max_attempts=2"]) == 1
+    assert attempts.count(1) == 2
+    text = capsys.readouterr().err
+    assert "planted failure" in text
+    assert "Traceback" not in text
+    status = open_store(store).status("baseline")
+    assert list(status) == [DONE, FAILED]
+    assert (open_store(store).status("skip") == DONE).all()
+    errors = [e for e in Journal(store).entries() if e.get("error")]
+    assert len(errors) == 1
+
+
+def test_two_drivers_on_one_store_are_refused(config, undisturbed):
+    lock = DriverLock(undisturbed)
+    lock.acquire()
+    try:
+        with pytest.raises(StoreError, match="is being driven by process"):
+            run_sweep(plan_of(config), undisturbed)
+    finally:
+        lock.release()
+
+
+def test_a_store_of_another_config_is_refused_with_the_differing_keys(config, undisturbed, capsys):
+    code = main(["run", str(config), "--store", str(undisturbed), "--set", "sampler.steps=5"])
+    assert code == 2
+    assert "sampler.steps is 4 in the store, 5 in the config" in capsys.readouterr().err
+
+
+def test_receipts_add_up_to_the_plan(undisturbed, config):
+    cost = plan_of(config).cost()
+    entries = Journal(undisturbed).entries()
+    assert len(entries) == cost.units
+    assert sum(e["row_forwards"] for e in entries) == cost.row_forwards
+    assert sum(e["cells"] for e in entries if e["group"] != "baseline") == cost.cells
+
+
+@pytest.mark.ray
+def test_ray_replicas_give_the_same_bits_as_this_process(ray_session, model, undisturbed, tmp_path):
+    """Two replicas, any order, other processes: the same arrays."""
+    raw = tiny_config(model, run={"replicas": 2, "cpus_per_replica": 1})
+    plan = plan_of(write_config(tmp_path / "two.yaml", raw))
+    replicas = set()
+    result = run_sweep(
+        plan,
+        tmp_path / "run.zarr",
+        make_executor=ray_executor,
+        observe=lambda event, unit: replicas.add(event.replica) if isinstance(event, UnitDone) else None,
+    )
+    assert result.failed == 0
+    assert replicas == {0, 1}
+    assert_same_arrays(tmp_path / "run.zarr", undisturbed)
+
+
+def test_store_attributes_tell_where_results_come_from(undisturbed):
+    attrs = zarr.open_group(str(undisturbed), mode="r").attrs
+    assert json.loads(attrs["config_json"])["sampler"]["steps"] == 4
+    assert len(attrs["config_sha256"]) == len(attrs["model_fingerprint"]) == 64
+    assert attrs["experimental_unit"] == "prompt"
+    assert {"torch", "diffusers", "nnsight", "zarr"} <= json.loads(attrs["libraries"]).keys()
+
+
+def test_store_opens_with_xarray_alone_and_without_a_warning(undisturbed):
+    script = "import sys, xarray; t = xarray.open_datatree(sys.argv[1], engine='zarr'); print(t['patch_map']['goal_evidence'].sel(step=1, component='attn2').dims)"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, str(undisturbed)], capture_output=True, text=True, cwd="/", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'sample'" in done.stdout
+    assert done.stderr == ""
