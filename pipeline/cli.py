@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -30,13 +30,18 @@ Set = Annotated[
 ]
 
 
+def _whole(type_: Any, tokens: Sequence[Token]) -> int:
+    """Convert an option to a whole number; cyclopts alone would round 1.7 without a word."""
+    return int(tokens[0].value)
+
+
 @app.command
 def run(
     config: Config,
     *,
     store: Annotated[Path | None, Parameter(help="Where results go; default runs/NAME.zarr.")] = None,
     set_: Set = None,
-    replicas: Annotated[int | None, Parameter(help="Model replicas; 0 runs in this process without Ray.")] = None,
+    replicas: Annotated[int | None, Parameter(converter=_whole, help="Model replicas; 0 runs in this process without Ray.")] = None,
 ) -> int:
     """Run a sweep, or the rest of one: the same command resumes an interrupted store.
 
@@ -130,8 +135,8 @@ def status(store: StorePath, *, as_json: Annotated[bool, Parameter(name="--json"
 def effects(
     store: StorePath,
     *,
-    replicates: Annotated[int, Parameter(help="Bootstrap replicates.")] = 2000,
-    seed: Annotated[int, Parameter(help="Seed of the bootstrap.")] = 0,
+    replicates: Annotated[int, Parameter(converter=_whole, help="Bootstrap replicates.")] = 2000,
+    seed: Annotated[int, Parameter(converter=_whole, help="Seed of the bootstrap.")] = 0,
 ) -> int:
     """Aggregate a store into effect maps with bootstrap intervals over prompts, written to STORE/effects.
 
@@ -140,6 +145,8 @@ def effects(
     from pipeline.effects import compute_effects
     from pipeline.store import open_store
 
+    if replicates < 1 or seed < 0:
+        raise UsageError(f"out of range: --replicates {replicates}, --seed {seed}. They start at 1 and 0.")
     open_store(store)
     written = compute_effects(store, unit="prompt", replicates=replicates, seed=seed)
     print(f"Wrote {', '.join(written)} to {store}/effects.")

@@ -64,9 +64,10 @@ def resolve(model_id: str) -> Path:
         near = difflib.get_close_matches(model_id, EMBEDDED, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(EMBEDDED)}."
         raise ModelError(f"unknown embedded model {model_id!r}.{hint}")
-    folder = Path(os.path.expanduser(model_id))  # noqa: PTH111 (pathlib raises for an unknown user)
-    if folder.is_dir():
-        return folder
+    # os.path answers where pathlib raises: an unknown user, a name too long, a folder that may not be read.
+    folder = os.path.expanduser(model_id)
+    if os.path.isdir(folder):
+        return Path(folder)
     if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
         raise ModelError(
             f"unknown model {model_id!r}: not an embedded model ({', '.join(EMBEDDED)}), not a folder, "
@@ -93,7 +94,7 @@ def describe(model_id: str) -> ModelInfo:
     """
     folder = resolve(model_id)
     index = folder / "model_index.json"
-    if not index.exists():
+    if not os.path.exists(index):
         raise ModelError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json.")
     pipeline_config = _read_json(index)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def heat_maps(sweep: Sweep, name: str, metric: str, estimand: str, pairs: Sequen
             extend=extend,
             shrink=0.9,
             aspect=18,
-            pad=0.012,
+            pad=0.13 / figure.get_figwidth(),
         )
         bar.set_label(scale_label(sweep.long_name(metric), estimand))
         bar.outline.set_visible(False)
@@ -74,13 +75,17 @@ def heat_maps(sweep: Sweep, name: str, metric: str, estimand: str, pairs: Sequen
 
 
 def symmetric_norm(values: NDArray[np.float64]) -> tuple[Normalize, str]:
-    """Return a scale centred on 0 that a few extreme cells cannot stretch, and whether values lie beyond it."""
+    """Return a scale centred on 0 that a few wild cells cannot stretch, and whether values lie beyond it.
+
+    Effects are sparse, so the strongest cells set the scale unless they are far beyond all others, as a recovery is
+    where its gap nearly vanishes.
+    """
     finite = np.abs(values[np.isfinite(values)])
     if not finite.size or not finite.max():
         return Normalize(-1, 1), "neither"
     limit = float(finite.max())
     typical = float(np.quantile(finite, 0.99))
-    clipped = limit > 2 * typical > 0
+    clipped = limit > 8 * typical > 0
     limit = typical if clipped else limit
     return Normalize(-limit, limit), "both" if clipped else "neither"
 
@@ -88,8 +93,8 @@ def symmetric_norm(values: NDArray[np.float64]) -> tuple[Normalize, str]:
 def scale_label(long_name: str, estimand: str) -> str:
     """Name what the colours of a map mean."""
     if estimand == "recovery":
-        return f"recovery of\n{long_name}\n0 as corrupted, 1 as clean"
-    return f"change of\n{long_name}\nagainst the recipient run"
+        return f"recovery of\n{fill(long_name, 24)}"
+    return f"change of\n{fill(long_name, 24)}"
 
 
 def _map_figure(
@@ -104,7 +109,7 @@ def _map_figure(
     assert view.x is not None
     assert view.y is not None
     rows, columns = len(pairs), len(panels)
-    height = float(np.clip(0.24 * effects.sizes[view.y], 1.1, 3.4))
+    height = float(np.clip(0.24 * effects.sizes[view.y], 1.9 if rows == 1 else 1.1, 3.4))
     width = min(WIDTH, 1.5 + columns * float(np.clip(0.2 * effects.sizes[view.x], 2.2, 4.6)))
     figure = Figure(figsize=(width, 0.75 + rows * (height + 0.2)), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)

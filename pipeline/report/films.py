@@ -13,6 +13,8 @@ from pipeline.report.figures import WIDTH, file_name
 from pipeline.report.views import SIGMA, sigma_of
 
 STEPS_SHOWN, FRAMES_SHOWN = 6, 6
+WIDEST_CELL = 1.7
+"""Inches; small videos gain nothing from more."""
 Image = NDArray[np.uint8]
 
 
@@ -25,13 +27,23 @@ def film_strip(sweep: Sweep, position: int) -> Picture | None:
     if not films.any():
         return None
     runs = [str(r) for r in previews["run"].values] if "run" in previews.coords else ["clean", "corrupted", "patched"]
-    replayed = _fill_replayed(films, runs, recipient_of(previews))
+    replayed = replayed_steps(previews, position)
+    _fill_replayed(films, runs, recipient_of(previews), replayed)
     kept = [r for r in range(len(runs)) if films[r].any()]
     with styled():
         figure = _draw(films, runs, kept, replayed, previews)
         number = int(previews["preview"].values[position]) if "preview" in previews.coords else position
         alt = f"Film strip of sample {number}: last frame and frames of the clean estimate by step and run"
         return save(figure, file_name("film", number), alt)
+
+
+def replayed_steps(previews: xr.Dataset, position: int) -> int:
+    """Count the first steps for which the patched film holds nothing, because the run was still its recipient."""
+    if "run" not in previews.coords or "patched" not in previews["run"].values:
+        return 0
+    film = previews["x0_hat"].isel(preview=position).sel(run="patched").transpose("step", ...).values
+    computed = film.reshape(len(film), -1).any(axis=1)
+    return int(computed.argmax())
 
 
 def recipient_of(previews: xr.Dataset) -> str:
@@ -42,17 +54,10 @@ def recipient_of(previews: xr.Dataset) -> str:
     return str(patched.get("run", "clean"))
 
 
-def _fill_replayed(films: Image, runs: list[str], recipient: str) -> int:
-    """Show the recipient where the patched run was not computed because nothing had changed yet; return the count."""
-    if "patched" not in runs or recipient not in runs:
-        return 0
-    patched = films[runs.index("patched")]
-    if not patched.any():
-        return 0
-    computed = patched.reshape(len(patched), -1).any(axis=1)
-    replayed = int(computed.argmax())
-    patched[:replayed] = films[runs.index(recipient)][:replayed]
-    return replayed
+def _fill_replayed(films: Image, runs: list[str], recipient: str, replayed: int) -> None:
+    """Show the recipient's film in the steps that the patched run did not compute again."""
+    if replayed and recipient in runs:
+        films[runs.index("patched"), :replayed] = films[runs.index(recipient), :replayed]
 
 
 def chosen_steps(count: int) -> list[int]:
@@ -64,7 +69,7 @@ def _draw(films: Image, runs: list[str], kept: list[int], replayed: int, preview
     steps = chosen_steps(films.shape[1])
     sigma = sigma_of(previews, "step")
     ratio = films.shape[3] / films.shape[4]
-    cell = (WIDTH - 0.9) / len(steps)
+    cell = min(WIDEST_CELL, (WIDTH - 0.9) / len(steps))
     strip = _strip(films[0, 0])
     heights = [cell * ratio * 0.94, cell * 0.94 * strip.shape[0] / strip.shape[1], 0.1]
     figure = Figure(figsize=(WIDTH, 0.45 + len(kept) * (sum(heights) + 0.02)))

@@ -12,7 +12,7 @@ from pipeline.report import tables
 from pipeline.report.content import Sweep, effect_metrics
 from pipeline.report.drawing import Picture
 from pipeline.report.figures import decision_curve, experiment_pictures
-from pipeline.report.films import film_strip, recipient_of
+from pipeline.report.films import film_strip, recipient_of, replayed_steps
 from pipeline.report.stylesheet import CSS
 from pipeline.report.views import SIGMA, fixed_text, main_estimand, view_of
 
@@ -140,7 +140,7 @@ def _add_baseline(page: Page, sweep: Sweep) -> None:
 
 
 def _bands(sweep: Sweep) -> str:
-    return f"95% bootstrap intervals over {sweep.prompts()} prompts, seeds of a prompt averaged first"
+    return f"95% bootstrap intervals over {tables.counted(sweep.prompts(), 'prompt')}, seeds of a prompt averaged first"
 
 
 def _add_films(page: Page, sweep: Sweep) -> None:
@@ -156,7 +156,7 @@ def _add_films(page: Page, sweep: Sweep) -> None:
         "Each cell shows the last frame of the decoded clean estimate (x0_hat) at a step, above frames from first to "
         "last."
     )
-    if sweep.previews.attrs.get("patched") not in (None, "null", "{}"):
+    if any(replayed_steps(sweep.previews, i) for i in range(sweep.previews.sizes["preview"])):
         run = recipient_of(sweep.previews)
         note += f" Faded cells lie before the intervention, where the patched run equals the {run} run."
     page.add(f"<p>{text(note)}</p>", *figures[:FILMS_INLINE])

@@ -14,9 +14,10 @@ from pipeline.effects.experiment import FAILED, PENDING, recipients
 from pipeline.effects.inference import Interval
 from pipeline.report.content import Sweep, as_mapping, effect_metrics
 from pipeline.report.figures import SIGNIFICANT, floor_of, pair_label
-from pipeline.report.views import SIGMA, strongest, view_of
+from pipeline.report.views import SIGMA, gap_is_clear, strongest, view_of
 
 STRONGEST = 10
+NO_CHANGE = 1e-9
 FEWEST = 6
 """Units below which a sign-flip test cannot reach 0.05."""
 ERROR_RATE = f"family-wise error rate {SIGNIFICANT:.0%}"
@@ -27,14 +28,20 @@ def summary(sweep: Sweep) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     if sweep.samples is not None:
         found.append(("samples", f"{sweep.samples.sizes['sample']:,}"))
-        found.append(("prompts", f"{sweep.prompts():,}"))
-        found.append(("pair kinds", f"{len(sweep.pairs) - 1}"))
+        found.append(("prompt" if sweep.prompts() == 1 else "prompts", f"{sweep.prompts():,}"))
+        kinds = len(sweep.pairs) - 1
+        found.append(("pair kind" if kinds == 1 else "pair kinds", f"{kinds}"))
     found.append(("experiments", f"{len(sweep.experiments)}"))
     cells = sum(_cells(d) * d.sizes.get("sample", 0) for d in sweep.experiments.values())
     found.append(("cells", f"{cells:,}"))
     units = [unit_counts(d) for d in sweep.experiments.values()]
     found.append(("units done", f"{sum(u['done'] for u in units):,} of {sum(sum(u.values()) for u in units):,}"))
     return found
+
+
+def counted(count: int, noun: str) -> str:
+    """Count something in words."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def model_name(sweep: Sweep) -> str:
@@ -67,13 +74,13 @@ def baselines(sweep: Sweep) -> str:
             both = [sweep.over_prompts(runs[r], pair) for r in ("clean", "corrupted")]
             gap = sweep.over_prompts(runs["clean"] - runs["corrupted"], pair)
             floor = floor_of(sweep, metric, pair)
-            unclear = not (gap.low > 0 or gap.high < 0)
+            unclear = bool(gap.low <= 0 <= gap.high)
             weak |= unclear
             label = sweep.long_name(metric) if pair == "all" else ""
             cells = [_interval(v) for v in both] + [_interval(gap) + (" *" if unclear else "")]
             rows.append([_text(label), _text(pair_label(pair)), *cells, "" if floor is None else f"{floor:.3g}"])
     head = ["metric", "pair kind", "clean run", "corrupted run", "gap", "floor"]
-    note = '<p class="fine">Mean over prompts with 95% bootstrap intervals.'
+    note = '<p class="fine">Mean over prompts with 95% bootstrap intervals, which need two prompts.'
     if weak:
         note += " * The interval of the gap includes 0, so recoveries of this metric mean little here."
     return _table(head, rows, numeric=2) + note + "</p>"
@@ -86,11 +93,13 @@ def headline(sweep: Sweep, name: str, metric: str) -> str:
     if not found:
         return "<p>No cell has a value yet.</p>"
     top = found[0]
+    if abs(top["difference"]) < NO_CHANGE:
+        return f'<p class="headline">No cell changes {_text(sweep.long_name(metric))}: every difference is 0.</p>'
     p = effects[f"{metric}_p_fwer"].sel(pair="all").values
     known, marked = int(np.isfinite(p).sum()), int((p <= SIGNIFICANT).sum())
     share = f"{marked} of {known} cells differ from the recipient run ({ERROR_RATE})."
     value = f"<b>{_estimate(top, 'difference')}</b>"
-    if "recovery" in top:
+    if "recovery" in top and gap_is_clear(effects, metric):
         value += f", recovery <b>{_estimate(top, 'recovery')}</b>,"
     what = f"Strongest change of {sweep.long_name(metric)}"
     return f'<p class="headline">{_text(what)}: {value} at {_text(top["cell"])}. {share}</p>'
@@ -128,17 +137,15 @@ def fine_print(sweep: Sweep, name: str, metric: str) -> str:
     unit = effects.attrs.get("experimental_unit", "prompt")
     counts = effects[f"{metric}_n"].sel(pair="all").values
     n = f"{counts.max()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-    few = [p for p in effects["pair"].values if effects[f"{metric}_n"].sel(pair=p).max() < FEWEST]
-    note = (
-        f" With fewer than {FEWEST} {unit}s no cell can be significant: {', '.join(map(pair_label, few))}."
-        if few
-        else ""
-    )
+    names = list(effects["pair"].values)
+    few = [p for p in names if effects[f"{metric}_n"].sel(pair=p).max() < FEWEST]
+    where = "" if len(few) == len(names) else f": {', '.join(map(pair_label, few))}"
+    note = f" With fewer than {FEWEST} {unit}s no cell can be significant{where}." if few else ""
     return (
-        f"n = {n} {unit}s per cell (seeds of a {unit} averaged first); {effects.attrs.get('method_interval', '')}, "
-        f"{effects.attrs.get('replicates', '?')} replicates, level {effects.attrs.get('level', '?')}, seed "
-        f"{effects.attrs.get('seed', '?')}. The strongest of many cells "
-        f"overstates its own effect; trust its interval less.{note}"
+        f"n = {n} {unit if n == '1' else unit + 's'} per cell (seeds of a {unit} averaged first); "
+        f"{effects.attrs.get('method_interval', '')}, {effects.attrs.get('replicates', '?')} replicates, "
+        f"level {effects.attrs.get('level', '?')}, seed {effects.attrs.get('seed', '?')}. "
+        f"The strongest of many cells overstates its own effect; trust its interval less.{note}"
     )
 
 
@@ -221,12 +228,16 @@ def _flat(value: object) -> str:
 
 
 def _interval(value: Interval) -> str:
+    if not np.isfinite(value.low):
+        return f"{float(value.value):.3g}"
     return f"{float(value.value):.3g} <small>[{float(value.low):.3g}, {float(value.high):.3g}]</small>"
 
 
 def _estimate(row: dict[str, Any], estimand: str) -> str:
     low, high = row[f"{estimand}_low"], row[f"{estimand}_high"]
     sign = "+" if estimand == "difference" else ""
+    if not np.isfinite(low):
+        return f"{row[estimand]:{sign}.3f}"
     return f"{row[estimand]:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 

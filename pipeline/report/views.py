@@ -102,9 +102,15 @@ def fixed_text(attrs: dict[Any, Any]) -> str:
 
 
 def main_estimand(effects: xr.Dataset, metric: str) -> str:
-    """Choose what a map shows: recovery where 0 means no change, else the difference."""
-    from_corrupted = recipients(effects) == "corrupted"
-    return "recovery" if from_corrupted and f"{metric}_recovery" in effects else "difference"
+    """Choose what a map shows: recovery where it is defined and 0 means no change, else the difference."""
+    usable = recipients(effects) == "corrupted" and f"{metric}_recovery" in effects and gap_is_clear(effects, metric)
+    return "recovery" if usable else "difference"
+
+
+def gap_is_clear(effects: xr.Dataset, metric: str) -> bool:
+    """Whether the interval of the gap between clean and corrupted run excludes 0, over all pair kinds."""
+    low, high = (float(effects[f"{metric}_gap_{bound}"].sel(pair="all")) for bound in ("low", "high"))
+    return low > 0 or high < 0
 
 
 def strongest(effects: xr.Dataset, metric: str, count: int) -> list[dict[str, Any]]:

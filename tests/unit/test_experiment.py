@@ -133,8 +133,15 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("change", "where", "what"),
         [
-            pytest.param({"kind": "pach"}, ".kind", "unknown intervention 'pach': did you mean 'patch'?", id="kind-typo"),
-            pytest.param({"kind": "zzz"}, ".kind", "unknown intervention 'zzz': allowed: frame_shuffle, noise", id="kind-unlike-any"),
+            pytest.param(
+                {"kind": "pach"}, ".kind", "unknown intervention 'pach': did you mean 'patch'?", id="kind-typo"
+            ),
+            pytest.param(
+                {"kind": "zzz"},
+                ".kind",
+                "unknown intervention 'zzz': allowed: frame_shuffle, noise",
+                id="kind-unlike-any",
+            ),
             pytest.param({"kind": ["patch"]}, ".kind", "unknown intervention ['patch']", id="kind-list"),
             pytest.param({"kind": {"a": 1}}, ".kind", "unknown intervention {'a': 1}", id="kind-mapping"),
             pytest.param({"kind": 3}, ".kind", "unknown intervention 3", id="kind-number"),
@@ -150,24 +157,44 @@ class TestRefused:
             pytest.param({"layer": [0, True]}, ".layer.1", "valid integer, got True", id="boolean-in-a-list"),
             pytest.param({"layer": [[0]]}, ".layer.0", "valid integer, got [0]", id="list-in-a-list"),
             pytest.param({"layer": ["all"]}, ".layer.0", "valid integer, got 'all'", id="range-in-a-list"),
-            pytest.param({"layer": []}, ".layer", "an empty list sweeps nothing; give at least one value", id="empty-list"),
+            pytest.param(
+                {"layer": []}, ".layer", "an empty list sweeps nothing; give at least one value", id="empty-list"
+            ),
             pytest.param({"layer": [2, 2]}, ".layer", "a value is listed twice: [2, 2]", id="value-twice"),
             pytest.param({"frame": [None, 1]}, ".frame", "null cannot be swept", id="null-in-a-list"),
             pytest.param({"alpha": 3}, ".alpha", "less than or equal to 2, got 3", id="above-a-bound"),
             pytest.param({"alpha": [-2, 1]}, ".alpha.0", "greater than or equal to -1, got -2", id="below-a-bound"),
             pytest.param({"alpha": True}, ".alpha", "valid number, got True", id="boolean-for-number"),
             pytest.param({"alpha": float("nan")}, ".alpha", "got nan", id="not-a-number"),
-            pytest.param({"alpha": "strong"}, ".alpha", "valid number, got 'strong'; a list sweeps it", id="word-for-number"),
-            pytest.param({"component": "atn1"}, ".component", "'attn1', 'attn2' or 'ffn', got 'atn1'", id="component-typo"),
-            pytest.param({"direction": "up"}, ".direction", "'denoising', 'noising' or 'self', got 'up'", id="direction"),
+            pytest.param(
+                {"alpha": "strong"}, ".alpha", "valid number, got 'strong'; a list sweeps it", id="word-for-number"
+            ),
+            pytest.param(
+                {"component": "atn1"}, ".component", "'attn1', 'attn2' or 'ffn', got 'atn1'", id="component-typo"
+            ),
+            pytest.param(
+                {"direction": "up"}, ".direction", "'denoising', 'noising' or 'self', got 'up'", id="direction"
+            ),
             pytest.param({"step": -1}, ".step", "greater than or equal to 0, got -1", id="negative-step"),
-            pytest.param({"step": 4}, ".step", "4 is out of range; this model and sampler have steps 0 to 3", id="step-beyond"),
+            pytest.param(
+                {"step": 4}, ".step", "4 is out of range; this model and sampler have steps 0 to 3", id="step-beyond"
+            ),
             pytest.param({"step": [0, 9]}, ".step", "9 is out of range", id="step-beyond-in-a-list"),
             pytest.param({"step": "9:"}, ".step", "selects nothing of steps 0 to 3", id="slice-beyond"),
-            pytest.param({"layer": 6}, ".layer", "6 is out of range; this model and sampler have layers 0 to 5", id="layer-beyond"),
+            pytest.param(
+                {"layer": 6},
+                ".layer",
+                "6 is out of range; this model and sampler have layers 0 to 5",
+                id="layer-beyond",
+            ),
             pytest.param({"frame": 5}, ".frame", "have frames 1 to 4 (frame 0 is given)", id="frame-beyond"),
             pytest.param({"frame": 0}, ".frame", "0 is out of range", id="given-frame"),
-            pytest.param({"branch": "uncond"}, ".branch", "branch 'uncond' is not computed by this sampler; it has cond, both", id="branch"),
+            pytest.param(
+                {"branch": "uncond"},
+                ".branch",
+                "branch 'uncond' is not computed by this sampler; it has cond, both",
+                id="branch",
+            ),
         ],
     )
     def test_one_fault_is_one_problem_at_its_key(self, change, where, what):
@@ -189,15 +216,23 @@ class TestRefused:
         ("raw", "what"),
         [
             pytest.param({"kind": "noise", "at": "step"}, "give step with `at: step`", id="noise-at-step-without-step"),
-            pytest.param({"kind": "noise", "at": "frame", "step": 0}, "give step with `at: step`", id="noise-at-frame-with-step"),
             pytest.param(
-                {"kind": "noise", "at": "step", "step": 0, "frame": 1}, "and not the other", id="noise-with-step-and-frame"
+                {"kind": "noise", "at": "frame", "step": 0}, "give step with `at: step`", id="noise-at-frame-with-step"
             ),
             pytest.param(
-                {"kind": "noise", "at": ["step", "frame"], "step": 0}, "give step with `at: step`", id="noise-in-one-cell-of-two"
+                {"kind": "noise", "at": "step", "step": 0, "frame": 1},
+                "and not the other",
+                id="noise-with-step-and-frame",
             ),
             pytest.param(
-                {"kind": "frame_shuffle", "mode": "freeze", "step": 0}, "frame is needed with `mode: freeze`", id="freeze-without-frame"
+                {"kind": "noise", "at": ["step", "frame"], "step": 0},
+                "give step with `at: step`",
+                id="noise-in-one-cell-of-two",
+            ),
+            pytest.param(
+                {"kind": "frame_shuffle", "mode": "freeze", "step": 0},
+                "frame is needed with `mode: freeze`",
+                id="freeze-without-frame",
             ),
             pytest.param(
                 {"kind": "frame_shuffle", "mode": "permute", "step": 0, "frame": 1},
@@ -210,7 +245,9 @@ class TestRefused:
                 id="hidden-without-layer",
             ),
             pytest.param(
-                {"kind": "frame_shuffle", "mode": "reverse", "step": 0, "layer": 1}, "no meaning with `space: latents`", id="latents-with-layer"
+                {"kind": "frame_shuffle", "mode": "reverse", "step": 0, "layer": 1},
+                "no meaning with `space: latents`",
+                id="latents-with-layer",
             ),
             pytest.param({"kind": "step_skip", "mode": "reuse", "step": 0}, "start at step 1", id="reuse-at-step-0"),
             pytest.param({"kind": "step_skip", "mode": "reuse", "step": "all"}, "start at step 1", id="reuse-at-all"),
@@ -232,14 +269,18 @@ class TestRefused:
         assert [text.split()[0] for _, text in found] == ["7", "8", "9"]
 
     def test_message_of_the_error_holds_every_problem(self):
-        with pytest.raises(ExperimentError, match=r"experiments\.map\.step: 7 is out .*; experiments\.map\.layer: 9 is out"):
+        with pytest.raises(
+            ExperimentError, match=r"experiments\.map\.step: 7 is out .*; experiments\.map\.layer: 9 is out"
+        ):
             bind({"kind": "patch", "step": 7, "layer": 9})
 
     def test_branch_of_a_guided_sampler_is_accepted(self):
         assert bind({**PATCH, "branch": ["cond", "uncond", "both"]}, GUIDED).cells == 3
 
     def test_component_that_a_family_lacks(self):
-        bare = Geometry(steps=4, blocks=2, frames=2, given_frames=0, height=1, width=1, components=("update", "residual"))
+        bare = Geometry(
+            steps=4, blocks=2, frames=2, given_frames=0, height=1, width=1, components=("update", "residual")
+        )
         (found,) = problems({**PATCH, "component": "ffn"}, bare)
         assert found == ("experiments.map.component", "unknown component 'ffn': allowed: update, residual")
 
@@ -257,7 +298,9 @@ class TestRefused:
 @pytest.mark.parametrize(
     ("value", "known", "text"),
     [
-        pytest.param("stpes", ["steps", "seeds"], "unknown key 'stpes': did you mean 'steps'? allowed: steps, seeds", id="near"),
+        pytest.param(
+            "stpes", ["steps", "seeds"], "unknown key 'stpes': did you mean 'steps'? allowed: steps, seeds", id="near"
+        ),
         pytest.param("zzz", ["steps", "seeds"], "unknown key 'zzz': allowed: steps, seeds", id="far"),
         pytest.param(3, ["3d"], "unknown key 3: did you mean '3d'? allowed: 3d", id="number"),
     ],

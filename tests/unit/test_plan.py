@@ -212,15 +212,23 @@ class TestCost:
     @pytest.mark.parametrize(
         ("experiment", "forwards"),
         [
-            pytest.param({"kind": "patch", "step": 0, "layer": 0}, 2 + 3, id="patch-at-the-first-step-computes-all-steps"),
+            pytest.param(
+                {"kind": "patch", "step": 0, "layer": 0}, 2 + 3, id="patch-at-the-first-step-computes-all-steps"
+            ),
             pytest.param({"kind": "patch", "step": 2, "layer": 0}, 2 + 1, id="patch-at-the-last-step-computes-one"),
-            pytest.param({"kind": "patch", "step": 2, "layer": [0, 1, 2]}, 2 + 3, id="rows-of-a-batch-share-the-capture"),
+            pytest.param(
+                {"kind": "patch", "step": 2, "layer": [0, 1, 2]}, 2 + 3, id="rows-of-a-batch-share-the-capture"
+            ),
             pytest.param({"kind": "noise", "at": "step", "step": 1}, 2, id="noise-needs-no-donor"),
             pytest.param({"kind": "noise", "at": "frame", "frame": 1}, 3, id="noise-at-a-frame-computes-all-steps"),
             pytest.param({"kind": "step_skip", "mode": "freeze", "step": 1}, 1, id="freeze-saves-its-step"),
             pytest.param({"kind": "step_skip", "mode": "drop", "step": 2}, 0, id="drop-of-the-last-step-is-free"),
-            pytest.param({"kind": "step_skip", "mode": "repeat", "step": 2}, 1, id="repeat-of-the-last-step-computes-it-again"),
-            pytest.param({"kind": "step_skip", "mode": "reuse", "step": 2}, 0, id="reuse-of-the-last-prediction-is-free"),
+            pytest.param(
+                {"kind": "step_skip", "mode": "repeat", "step": 2}, 1, id="repeat-of-the-last-step-computes-it-again"
+            ),
+            pytest.param(
+                {"kind": "step_skip", "mode": "reuse", "step": 2}, 0, id="reuse-of-the-last-prediction-is-free"
+            ),
         ],
     )
     def test_forwards_of_one_sample(self, experiment, forwards):
@@ -242,7 +250,9 @@ class TestCost:
         assert cost.naive_row_forwards == (cost.cells + 2) * STEPS
 
     def test_late_interventions_cost_less_than_naively(self):
-        cost = plan_of(experiments={"map": {"kind": "patch", "step": "all", "layer": "all", "component": ["attn2", "ffn"]}}).cost()
+        cost = plan_of(
+            experiments={"map": {"kind": "patch", "step": "all", "layer": "all", "component": ["attn2", "ffn"]}}
+        ).cost()
         assert cost.row_forwards < cost.naive_row_forwards
 
     def test_unit_size_changes_no_count_of_cells(self):
@@ -284,7 +294,9 @@ class TestBinding:
             make_plan(config, path)
 
     def test_unknown_model_is_refused(self):
-        with pytest.raises(ModelError, match="unknown embedded model 'embedded:mazes'. Did you mean 'embedded:maze'?"):
+        with pytest.raises(
+            ModelError, match=r"unknown embedded model 'embedded:mazes'\. Did you mean 'embedded:maze'\?"
+        ):
             make_plan(settings_of(model={"id": "embedded:mazes"}))
 
 

@@ -236,6 +236,22 @@ def test_any_axes_can_be_drawn(sweep: Sweep, axes: dict[str, list[object]], shap
     assert all(p.png.startswith(PNG) for p in pictures)
 
 
+def test_a_map_without_any_change_says_so(sweep: Sweep) -> None:
+    effects = effects_over(step=[0, 1], layer=[0, 1])
+    effects[f"{METRIC}_difference"][:] = 0
+    sweep.effects["self"] = effects
+    assert "No cell changes goal match" in tables.headline(sweep, "self", METRIC)
+
+
+def test_one_prompt_gives_numbers_without_intervals(tmp_path: Path) -> None:
+    one = Shape(prompts=1, seeds=1, steps=3, layers=2, frames=3)
+    store = write_store(tmp_path / "run.zarr", one, failures=False, previews=False).path
+    compute_effects(store, replicates=50)
+    page = write_report(store, tmp_path / "out").read_text(encoding="utf-8")
+    assert not re.search(r"\bnan\b", re.sub(r"data:image/png;base64,[^\"]*", "", page))
+    assert "n = 1 prompt per cell" in page
+
+
 def test_many_components_go_to_several_figures_with_distinct_names(sweep: Sweep) -> None:
     sweep.effects["wide"] = effects_over(step=[0, 1], layer=[0, 1], component=[f"c{i}" for i in range(8)])
     pictures = experiment_pictures(sweep, "wide", METRIC, "difference", ["all"])
@@ -265,6 +281,14 @@ def test_maps_show_recovery_only_where_zero_means_no_change(sweep: Sweep) -> Non
         "skip": "difference",
         "noise_frame": "difference",
     }
+
+
+def test_an_unclear_gap_takes_recovery_off_the_page(sweep: Sweep) -> None:
+    effects = sweep.effects["patch_map"]
+    assert "recovery <b>" in tables.headline(sweep, "patch_map", METRIC)
+    effects[f"{METRIC}_gap_low"][:] = -0.1
+    assert main_estimand(effects, METRIC) == "difference"
+    assert "recovery <b>" not in tables.headline(sweep, "patch_map", METRIC)
 
 
 def test_reference_lines_hold_both_runs_and_the_floor(sweep: Sweep) -> None:
@@ -315,7 +339,11 @@ def test_the_colour_scale_is_centred_and_resists_outliers() -> None:
 def test_replayed_steps_of_the_patched_film_show_the_recipient(sweep: Sweep) -> None:
     video = np.zeros((3, 4, 2, 3, 3, 3), np.uint8)
     video[0], video[1], video[2, 2:] = 10, 20, 30
-    assert films._fill_replayed(video, ["clean", "corrupted", "patched"], "corrupted") == 2
+    dims = ("preview", "run", "step", "frame", "y", "x", "rgb")
+    runs = np.array(["clean", "corrupted", "patched"], dtype=object)
+    previews = xr.Dataset({"x0_hat": (dims, video[None])}, coords={"run": runs})
+    assert films.replayed_steps(previews, 0) == 2
+    films._fill_replayed(video, list(runs), "corrupted", 2)
     assert (video[2, :2] == 20).all()
     assert (video[2, 2:] == 30).all()
     assert sweep.previews is not None

@@ -79,13 +79,21 @@ class TestCreate:
     @pytest.mark.parametrize(
         ("array", "dims", "shape", "chunks"),
         [
-            pytest.param("map/solved", ("sample", "step", "layer", "component"), (2, 3, 6, 2), (1, 2, 6, 2), id="experiment"),
+            pytest.param(
+                "map/solved", ("sample", "step", "layer", "component"), (2, 3, 6, 2), (1, 2, 6, 2), id="experiment"
+            ),
             pytest.param("one/solved", ("sample",), (2,), (1,), id="experiment-without-axes"),
             pytest.param("skip/solved", ("sample", "step", "mode"), (2, 2, 2), (1, 2, 2), id="step-leads"),
             pytest.param("baseline/solved", ("sample", "run"), (2, 2), (1, 2), id="baseline"),
-            pytest.param("baseline/solved_by_step", ("sample", "run", "step"), (2, 2, 3), (1, 2, 3), id="baseline-by-step"),
             pytest.param(
-                "previews/x0_hat", ("preview", "run", "step", "frame", "y", "x", "rgb"), (1, 3, 3, 6, 5, 5, 3), (1, 3, 3, 6, 5, 5, 3), id="previews"
+                "baseline/solved_by_step", ("sample", "run", "step"), (2, 2, 3), (1, 2, 3), id="baseline-by-step"
+            ),
+            pytest.param(
+                "previews/x0_hat",
+                ("preview", "run", "step", "frame", "y", "x", "rgb"),
+                (1, 3, 3, 6, 5, 5, 3),
+                (1, 3, 3, 6, 5, 5, 3),
+                id="previews",
             ),
             pytest.param("map/status", ("unit",), (4,), (4,), id="status"),
         ],
@@ -137,7 +145,9 @@ class TestCreate:
         ("group", "kind", "contrast", "recipient", "fixed"),
         [
             pytest.param("map", "patch", "true", "corrupted", {}, id="map"),
-            pytest.param("one", "patch", "true", "clean", {"step": 1, "layer": 2, "direction": "noising"}, id="fixed-fields"),
+            pytest.param(
+                "one", "patch", "true", "clean", {"step": 1, "layer": 2, "direction": "noising"}, id="fixed-fields"
+            ),
             pytest.param("skip", "step_skip", "false", "clean", {}, id="no-contrast"),
         ],
     )
@@ -164,7 +174,9 @@ class TestCreate:
         open_or_create(tmp_path / "run.zarr", plan)
         assert [p.name for p in tmp_path.iterdir()] == ["run.zarr"]
 
-    @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()], ids=repr)
+    @pytest.mark.parametrize(
+        "failure", [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()], ids=repr
+    )
     def test_failed_creation_leaves_nothing(self, tmp_path, plan, monkeypatch, failure):
         def fail(*args: Any) -> None:
             raise failure
@@ -179,7 +191,10 @@ class TestCreate:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(store_module, "_write_samples", fail)
-        with pytest.raises(StoreError, match=r"^cannot create store .*run\.zarr: No space left on device\. Choose a writable --store\.$"):
+        with pytest.raises(
+            StoreError,
+            match=r"^cannot create store .*run\.zarr: No space left on device\. Choose a writable --store\.$",
+        ):
             open_or_create(tmp_path / "run.zarr", plan)
 
     def test_rest_of_a_killed_creation_is_replaced(self, tmp_path, plan):
@@ -271,7 +286,9 @@ class TestNotAStore:
         path = tmp_path / "run.zarr"
         make(path)
         assert not is_store(path)
-        with pytest.raises(StoreError, match=r"run\.zarr is not a stepscope store\. Create one with: stepscope run CONFIG"):
+        with pytest.raises(
+            StoreError, match=r"run\.zarr is not a stepscope store\. Create one with: stepscope run CONFIG"
+        ):
             open_store(path)
 
     @pytest.mark.parametrize("make", NOT_STORES)
@@ -283,7 +300,9 @@ class TestNotAStore:
             open_or_create(path, plan)
         assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
-    @pytest.mark.parametrize("make", [pytest.param(make_missing, id="missing"), pytest.param(make_loop, id="link-to-itself")])
+    @pytest.mark.parametrize(
+        "make", [pytest.param(make_missing, id="missing"), pytest.param(make_loop, id="link-to-itself")]
+    )
     def test_that_is_not_there_does_not_exist(self, tmp_path, make):
         make(tmp_path / "run.zarr")
         with pytest.raises(StoreError, match=r"run\.zarr does not exist\. Create one with"):
@@ -319,7 +338,9 @@ class TestNotAStore:
 
         (tmp_path / "run.zarr").mkdir()
         monkeypatch.setattr(Path, "iterdir", denied)
-        with pytest.raises(StoreError, match=r"^cannot create store .*: Permission denied\. Choose a writable --store\.$"):
+        with pytest.raises(
+            StoreError, match=r"^cannot create store .*: Permission denied\. Choose a writable --store\.$"
+        ):
             open_or_create(tmp_path / "run.zarr", plan)
 
     @pytest.mark.parametrize("name", [".", "..", "/"])
@@ -360,11 +381,23 @@ class TestRegions:
     @pytest.mark.parametrize(
         ("shape", "start", "stop", "message"),
         [
-            pytest.param((2, LAYERS), 0, 2, r"map/goal_evidence\[0, 0:2\] has shape \(2, 6, 2\), the values have \(2, 6\)", id="missing-axis"),
-            pytest.param((2, 2, LAYERS), 0, 2, r"has shape \(2, 6, 2\), the values have \(2, 2, 6\)", id="axes-exchanged"),
+            pytest.param(
+                (2, LAYERS),
+                0,
+                2,
+                r"map/goal_evidence\[0, 0:2\] has shape \(2, 6, 2\), the values have \(2, 6\)",
+                id="missing-axis",
+            ),
+            pytest.param(
+                (2, 2, LAYERS), 0, 2, r"has shape \(2, 6, 2\), the values have \(2, 2, 6\)", id="axes-exchanged"
+            ),
             pytest.param((1, LAYERS, 2), 0, 2, r"has shape \(2, 6, 2\), the values have \(1, 6, 2\)", id="too-few"),
-            pytest.param((1, LAYERS, 2), 0, 1, r"map/goal_evidence\[0, 0:1\] is not whole chunks of 2", id="half-a-chunk"),
-            pytest.param((2, LAYERS, 2), 1, 3, r"map/goal_evidence\[0, 1:3\] is not whole chunks of 2", id="across-chunks"),
+            pytest.param(
+                (1, LAYERS, 2), 0, 1, r"map/goal_evidence\[0, 0:1\] is not whole chunks of 2", id="half-a-chunk"
+            ),
+            pytest.param(
+                (2, LAYERS, 2), 1, 3, r"map/goal_evidence\[0, 1:3\] is not whole chunks of 2", id="across-chunks"
+            ),
             pytest.param((2, LAYERS, 2), 2, 4, r"map/goal_evidence\[0, 2:4\] is not inside 0:3", id="beyond-the-axis"),
             pytest.param((0, LAYERS, 2), 2, 2, r"map/goal_evidence\[0, 2:2\] is not inside 0:3", id="empty"),
         ],
@@ -387,7 +420,9 @@ class TestRegions:
 
     def test_sample_of_the_wrong_shape_is_refused_and_nothing_written(self, store):
         values = {"solved": np.array([1, 0], np.float32), "solved_by_step": np.zeros((STEPS, 2), np.float32)}
-        with pytest.raises(StoreError, match=r"baseline/solved_by_step\[0\] has shape \(2, 3\), the values have \(3, 2\)"):
+        with pytest.raises(
+            StoreError, match=r"baseline/solved_by_step\[0\] has shape \(2, 3\), the values have \(3, 2\)"
+        ):
             store.write_sample("baseline", values, 0)
         assert np.isnan(store.root["baseline/solved"][...]).all()
 
@@ -476,7 +511,10 @@ class TestLock:
     def test_second_holder_is_refused_with_the_first(self, tmp_path):
         first, second = DriverLock(tmp_path), DriverLock(tmp_path)
         first.acquire()
-        with pytest.raises(StoreError, match=rf"^store {tmp_path} is being driven by process {os.getpid()} on .+\. Wait for it or stop it\.$"):
+        with pytest.raises(
+            StoreError,
+            match=rf"^store {tmp_path} is being driven by process {os.getpid()} on .+\. Wait for it or stop it\.$",
+        ):
             second.acquire()
         first.release()
         second.acquire()
@@ -498,7 +536,11 @@ class TestLock:
         lock.release()
 
     def test_dead_process_holds_nothing(self, tmp_path):
-        code = f"import fcntl, os; f = open({str(tmp_path / 'driver.lock')!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX); f.write('ghost'); f.flush(); os._exit(9)"
+        path = str(tmp_path / "driver.lock")
+        code = (
+            f"import fcntl, os; f = open({path!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "f.write('ghost'); f.flush(); os._exit(9)"
+        )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
         lock = DriverLock(tmp_path)
         lock.acquire()
@@ -510,7 +552,9 @@ class TestLock:
             f"import fcntl; f = open({str(tmp_path / 'driver.lock')!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
             "f.write('process 7 on node-3'); f.flush(); print('held', flush=True); input()"
         )
-        holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
@@ -522,7 +566,9 @@ class TestLock:
 
     def test_place_that_cannot_be_written_is_one_sentence(self, tmp_path):
         (tmp_path / "driver.lock").mkdir()
-        with pytest.raises(StoreError, match=rf"^store {tmp_path} cannot be written: Is a directory: .*driver\.lock\.$"):
+        with pytest.raises(
+            StoreError, match=rf"^store {tmp_path} cannot be written: Is a directory: .*driver\.lock\.$"
+        ):
             DriverLock(tmp_path).acquire()
 
     def test_file_is_locked_for_others_by_the_operating_system(self, tmp_path):
@@ -539,10 +585,17 @@ class TestDiffering:
         [
             pytest.param({"a": 1}, {"a": 1}, [], id="equal"),
             pytest.param({"a": 1}, {"a": 2}, ["a is 1 in the store, 2 in the config"], id="value"),
-            pytest.param({"a": {"b": 1}}, {"a": {"b": None}}, ["a.b is 1 in the store, null in the config"], id="nested"),
+            pytest.param(
+                {"a": {"b": 1}}, {"a": {"b": None}}, ["a.b is 1 in the store, null in the config"], id="nested"
+            ),
             pytest.param({}, {"a": "x"}, ['a is null in the store, "x" in the config'], id="missing"),
             pytest.param({"a": [1]}, {"a": [1, 2]}, ["a is [1] in the store, [1, 2] in the config"], id="list"),
-            pytest.param({"b": 1, "a": 1}, {"a": 2, "b": 2}, ["a is 1 in the store, 2 in the config", "b is 1 in the store, 2 in the config"], id="sorted"),
+            pytest.param(
+                {"b": 1, "a": 1},
+                {"a": 2, "b": 2},
+                ["a is 1 in the store, 2 in the config", "b is 1 in the store, 2 in the config"],
+                id="sorted",
+            ),
         ],
     )
     def test_keys_are_listed_with_both_values(self, a, b, lines):
@@ -571,7 +624,11 @@ def test_opens_with_xarray_alone_and_without_a_warning(store):
         assert not {{"torch", "pipeline", "interventions", "ray"}} & set(sys.modules)
     """
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, cwd="/"
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

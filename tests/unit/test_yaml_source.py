@@ -148,12 +148,16 @@ def test_aliases_and_merge_keys_work():
         pytest.param("a: b\n\tc: d\n", r"^x\.yaml:2: not valid YAML: found character '\\t'", id="tab"),
         pytest.param("a: b: c\n", r"^x\.yaml:1: not valid YAML: mapping values are not allowed", id="two-colons"),
         pytest.param("a: *b\n", r"^x\.yaml:1: not valid YAML: found undefined alias 'b'", id="unknown-alias"),
-        pytest.param("a: 1\n---\nb: 2\n", r"^x\.yaml:2: not valid YAML: but found another document", id="two-documents"),
+        pytest.param(
+            "a: 1\n---\nb: 2\n", r"^x\.yaml:2: not valid YAML: but found another document", id="two-documents"
+        ),
         pytest.param("a: 'b\n", r"^x\.yaml:2: not valid YAML: found unexpected end of stream", id="open-quote"),
         pytest.param('a: "\x00"\n', r"^x\.yaml: not valid YAML: unacceptable character #x0000", id="null-character"),
         pytest.param("a: 1\na: 2\n", r"^x\.yaml:2: key a is given twice \(first on line 1\)$", id="duplicate-top"),
         pytest.param(
-            "a:\n  b: 1\n  c: 1\n  b: 2\n", r"^x\.yaml:4: key a\.b is given twice \(first on line 2\)$", id="duplicate-nested"
+            "a:\n  b: 1\n  c: 1\n  b: 2\n",
+            r"^x\.yaml:4: key a\.b is given twice \(first on line 2\)$",
+            id="duplicate-nested",
         ),
         pytest.param("a: [{b: 1, b: 2}]\n", r"^x\.yaml:1: key a\.0\.b is given twice", id="duplicate-in-a-list"),
         pytest.param('1: a\n"1": b\n', r"^x\.yaml:2: key 1 is given twice", id="duplicate-number-and-word"),
@@ -162,13 +166,17 @@ def test_aliases_and_merge_keys_work():
         pytest.param("- a\n", r"^x\.yaml:1: expected a mapping of settings at the top, got \['a'\]$", id="list"),
         pytest.param("hello\n", r"^x\.yaml:1: expected a mapping of settings at the top, got 'hello'$", id="word"),
         pytest.param("? [a, b]\n: 1\n", r"^x\.yaml:1: not valid YAML: found unhashable key", id="list-as-key"),
-        pytest.param("a: 1\nb: !!python/object:os.system {}\n", r"^x\.yaml:2: .*tag !!python/object:os\.system", id="python-tag"),
+        pytest.param(
+            "a: 1\nb: !!python/object:os.system {}\n", r"^x\.yaml:2: .*tag !!python/object:os\.system", id="python-tag"
+        ),
         pytest.param("a: !!binary aGk=\n", r"^x\.yaml:1: .*tag !!binary", id="binary-tag"),
         pytest.param("a: !custom 1\n", r"^x\.yaml:1: .*tag !custom", id="custom-tag"),
         pytest.param("a: !!set {b, c}\n", r"^x\.yaml:1: .*tag !!set", id="set-tag"),
         pytest.param("a: !!bool maybe\n", r"^x\.yaml: not valid YAML: ", id="bool-tag-on-a-word"),
         pytest.param("a: !!int many\n", r"^x\.yaml: not valid YAML: ", id="int-tag-on-a-word"),
-        pytest.param("a: &a [*a]\n", r"^x\.yaml: not valid YAML: .*an alias inside of what it names", id="alias-of-itself"),
+        pytest.param(
+            "a: &a [*a]\n", r"^x\.yaml: not valid YAML: .*an alias inside of what it names", id="alias-of-itself"
+        ),
         pytest.param("a: " + "[" * 600, r"^x\.yaml: not valid YAML: nested too deeply", id="deep-nesting"),
     ],
 )
