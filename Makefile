@@ -8,7 +8,7 @@ export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint card train bench clean
+.PHONY: setup demo test lint card check-card figures recompute bench train clean
 
 setup: $(READY)
 
@@ -34,6 +34,18 @@ test: lint
 
 card: setup
 	$(BIN)/python -m pipeline.embedded.evaluate --model pipeline/embedded/maze --out pipeline/embedded/maze/model_card.json --docs docs/model_card.md
+
+check-card: setup
+	$(BIN)/python -m pipeline.embedded.evaluate --model pipeline/embedded/maze --out pipeline/embedded/maze/model_card.json --docs docs/model_card.md --check
+
+figures: demo
+	cp runs/maze_demo_report/patch_map_goal_evidence_recovery_*_0.png docs/effect_map.png
+
+recompute: setup
+	$(BIN)/python -m tests.reference.recompute runs/maze_demo.zarr --cells 50
+
+bench: setup
+	$(BIN)/python -m benchmarks.naive_ratio
 
 train: setup
 	$(BIN)/python -m pipeline.embedded.train --work build/maze_training

@@ -58,7 +58,7 @@ class NaiveLoop:
             for _ in tracer.iter[step]:
                 self.model.transformer.blocks[layer].get(name).output = value
             result = tracer.result.save()
-        return result
+        return result  # noqa: RET504 (bound inside the trace)
 
 
 def plan_for(steps: int) -> Any:
@@ -98,7 +98,9 @@ def main() -> None:
     cells = {"naive": 0, "stepscope": 0}
     worst = 0.0
     for step in range(args.stride // 2, args.steps, args.stride):
-        rows: list[Intervention] = [KINDS["patch"](step=step, layer=v.layer, component=v.component) for v in _at(grid, step)]
+        rows: list[Intervention] = [
+            KINDS["patch"](step=step, layer=v.layer, component=v.component) for v in _at(grid, step)
+        ]
         chosen = rows[:: max(1, len(rows) // args.naive_cells)][: args.naive_cells]
         naive.capture({(step, r.layer, r.component) for r in chosen}, args.steps)  # type: ignore[attr-defined]
         started = time.perf_counter()

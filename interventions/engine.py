@@ -102,7 +102,8 @@ class _TracedPipeline(nn.Module):
         # calls, which would go wrong wherever a denoiser call is skipped.
         self.clock(None)
         self.clock(None)
-        return self.pipe(**kwargs, output_type="latent", return_dict=False)[0]
+        pipe: Any = self.pipe
+        return pipe(**kwargs, output_type="latent", return_dict=False)[0]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -179,7 +180,9 @@ class Engine:
             final=final,
         )
 
-    def capture(self, record: Record, step: int, sites: Sequence[Site], rows: Sequence[int]) -> dict[Site, torch.Tensor]:
+    def capture(
+        self, record: Record, step: int, sites: Sequence[Site], rows: Sequence[int]
+    ) -> dict[Site, torch.Tensor]:
         """Compute activations of recorded runs at one step: prefix replayed, the step computed, the rest dropped.
 
         Parameters
@@ -188,6 +191,8 @@ class Engine:
         rows : recorded runs to capture, as rows of the record; row i of a result is run ``rows[i]``.
         """
         geometry = record.geometry
+        for site in sites:
+            geometry.require(site)
         run = _Run(
             geometry=geometry,
             order=list(range(geometry.steps)),
@@ -258,6 +263,7 @@ class Engine:
                 else:
                     run.rows_at.setdefault(point, []).append(i)
         for site in in_forward_order(run.rows_at, geometry.branches):
+            geometry.require(site)
             run.sites.setdefault(site.step, []).append(site)
         run.contexts = self._contexts(record, rows)
         return run

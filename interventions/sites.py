@@ -48,6 +48,24 @@ class Geometry:
         """Indices of the latent frames that the model generates."""
         return tuple(range(self.given_frames, self.frames))
 
+    def require(self, site: Site) -> None:
+        """Check that a site exists.
+
+        Raises
+        ------
+        ValueError : the model or the run has no such site; the message says what there is.
+        """
+        if not (
+            0 <= site.step < self.steps
+            and 0 <= site.block < self.blocks
+            and site.branch in self.branches
+            and site.component in self.components
+        ):
+            raise ValueError(
+                f"no such site: {site}. There are steps 0 to {self.steps - 1}, blocks 0 to {self.blocks - 1}, "
+                f"branches {', '.join(self.branches)} and components {', '.join(self.components)}."
+            )
+
     def indices(self, coordinate: str) -> tuple[int, ...]:
         """Return every legal index along ``step``, ``layer`` or ``frame``.
 
@@ -91,6 +109,4 @@ Point = LatentsAt | PredictionAt | Site
 
 def in_forward_order(sites: Iterable[Site], branches: tuple[Branch, ...]) -> list[Site]:
     """Sort sites by the order in which a run reaches them: step, branch, block, component."""
-    return sorted(
-        sites, key=lambda s: (s.step, branches.index(s.branch), s.block, COMPONENTS.index(s.component))
-    )
+    return sorted(sites, key=lambda s: (s.step, branches.index(s.branch), s.block, COMPONENTS.index(s.component)))

@@ -11,7 +11,7 @@ import torch
 from interventions.base import Schedule
 
 
-class UnsupportedSolver(ValueError):
+class UnsupportedSolverError(ValueError):
     """The pipeline's scheduler is not one whose clean estimate and step list are understood."""
 
 
@@ -24,14 +24,14 @@ class SolverTap:
 
     Raises
     ------
-    UnsupportedSolver : the scheduler is not a flow-matching one with a ``sigmas`` table.
+    UnsupportedSolverError : the scheduler is not a flow-matching one with a ``sigmas`` table.
     """
 
     def __init__(self, scheduler: Any, on_prediction: Callable[[Any], Any], on_stepped: Callable[[Any], Any]) -> None:
         name = type(scheduler).__name__
         flow = name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"
         if not flow:
-            raise UnsupportedSolver(
+            raise UnsupportedSolverError(
                 f"scheduler {name} does not predict a flow velocity (x0_hat = x - sigma v). "
                 "Use a flow-matching scheduler such as FlowMatchEulerDiscreteScheduler."
             )
@@ -76,8 +76,16 @@ class SolverTap:
             self.order = self.order[: s + 1] + self.order[s:]
             scheduler.timesteps = scheduler.timesteps[self.order]
 
-    def _step(self, scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any,
-              return_dict: bool = True, **kwargs: Any) -> Any:
+    def _step(
+        self,
+        scheduler: Any,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         model_output, sample = self._on_prediction((model_output, sample))
         if self.schedule is not None:
             # A repeated timestep is ambiguous to the scheduler's own look-up, so its position is set explicitly.
@@ -86,7 +94,7 @@ class SolverTap:
         result = self._original_step(model_output, timestep, sample, *args, return_dict=False, **kwargs)
         stepped = self._on_stepped(result[0])
         if return_dict:
-            raise UnsupportedSolver("the pipeline asked its scheduler for a dict; only the tuple form is wrapped")
+            raise UnsupportedSolverError("the pipeline asked its scheduler for a dict; only the tuple form is wrapped")
         return (stepped, *result[1:])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from interventions import families as _families  # noqa: F401  (registers every family)
-from interventions.families.family import UnknownFamily, family_of
+from interventions.families.family import UnknownFamilyError, family_of
 from interventions.sites import Geometry
 from pipeline.tasks.task import Sampler, Task
 
@@ -99,7 +99,7 @@ def describe(model_id: str) -> ModelInfo:
     pipeline_config = _read_json(index)
     try:
         family = family_of(pipeline_config.get("_class_name", "?"))
-    except UnknownFamily as error:
+    except UnknownFamilyError as error:
         raise ModelError(f"model {model_id!r}: {error}") from error
     denoiser = folder / family.denoiser
     return ModelInfo(

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from interventions.base import Intervention
 from interventions.engine import Engine, Record
 from interventions.families.family import family_of
+from interventions.sites import RUNS
 from pipeline.config import SweepConfig
 from pipeline.metrics.metric import Metric, MetricInput
 from pipeline.models import load_pipeline
 from pipeline.plan import BASELINE, Plan, Unit, make_plan
 from pipeline.samples import Sample
-from pipeline.store import RUNS, Store
+from pipeline.store import Store
 
 RECORDS_KEPT = 2
 """Recorded samples a replica remembers; the pool sends all units of a sample to one replica."""
@@ -92,7 +93,7 @@ class Computer:
     def previews(self, sample: int) -> NDArray[np.uint8]:
         """Decode the clean estimates of the clean, the corrupted and the patched run: (run, step, frame, y, x, rgb)."""
         record = self.record(sample)
-        films = [[self._frames(x0_hat[[record.row(run)]]) for x0_hat in record.x0_hat] for run in RUNS]
+        films = [[self._frames(record, x0_hat[[record.row(run)]]) for x0_hat in record.x0_hat] for run in RUNS]
         blank = [np.zeros_like(films[0][0]) for _ in films[0]]
         films.append(self._patched_film(record, self.plan.patched) if self.plan.patched is not None else blank)
         return np.stack([np.stack(film) for film in films])
@@ -109,15 +110,19 @@ class Computer:
         )
         return {m.name: _finite(m, given) for m in self.plan.metrics}
 
-    def _frames(self, latents: Any) -> NDArray[np.uint8]:
-        video = self.plan.task.decode(self.pipe, latents)[0]
+    def _frames(self, record: Record, latents: Any) -> NDArray[np.uint8]:
+        """Decode one row; given frames are shown as given, because the model makes no estimate of them."""
+        shown = latents.clone()
+        given = record.geometry.given_frames
+        shown[:, :, :given] = record.final[:1, :, :given]
+        video = self.plan.task.decode(self.pipe, shown)[0]
         return np.nan_to_num(video).clip(0, 255).round().astype(np.uint8)
 
     def _patched_film(self, record: Record, patched: Intervention) -> list[NDArray[np.uint8]]:
         fork = self.engine.fork(record, [patched], keep_x0_hat=True)
-        blank = np.zeros_like(self._frames(record.x0_hat[0][:1]))
+        blank = np.zeros_like(self._frames(record, record.x0_hat[0][:1]))
         return [
-            self._frames(fork.x0_hat[s]) if s in fork.x0_hat else blank for s in range(self.plan.geometry.steps)
+            self._frames(record, fork.x0_hat[s]) if s in fork.x0_hat else blank for s in range(self.plan.geometry.steps)
         ]
 
 
@@ -148,7 +153,9 @@ class Replica:
             cells, forwards = 2, 2 * self.plan.geometry.steps * len(self.plan.geometry.branches)
             if unit.sample in self.plan.config.previews.samples:
                 position = self.plan.config.previews.samples.index(unit.sample)
-                written += self.store.write_sample("previews", {"x0_hat": self.computer.previews(unit.sample)}, position)
+                written += self.store.write_sample(
+                    "previews", {"x0_hat": self.computer.previews(unit.sample)}, position
+                )
         else:
             rows = self.plan.interventions(unit)
             values = self.computer.cells(unit)
@@ -174,7 +181,9 @@ def _finite(metric: Metric, given: MetricInput) -> NDArray[np.float32]:
     with np.errstate(all="ignore"):
         value = np.asarray(metric.compute(given), dtype=np.float32)
     if value.shape != (len(given.latents),):
-        raise ValueError(f"metric {metric.name} returned shape {value.shape} for {len(given.latents)} rows; return one value a row")
+        raise ValueError(
+            f"metric {metric.name} returned shape {value.shape} for {len(given.latents)} rows; return one value a row"
+        )
     broken = ~np.isfinite(given.latents).all(axis=tuple(range(1, given.latents.ndim)))
     value[broken | ~np.isfinite(value)] = np.nan
     return value

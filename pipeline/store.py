@@ -18,12 +18,12 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from interventions.sites import RUNS
 from pipeline.experiment import Grid
 from pipeline.plan import BASELINE, Plan
 
 SCHEMA_VERSION = 1
 PENDING, DONE, FAILED = 0, 1, 2
-RUNS = ("clean", "corrupted")
 PREVIEW_RUNS = (*RUNS, "patched")
 _CODEC = ZstdCodec(level=1, checksum=True)
 
@@ -114,7 +114,8 @@ class Store:
 
     def _array(self, key: str) -> Any:
         # The setting is no part of an array's metadata, so what creation chose does not hold here.
-        return self.root[key].with_config({"write_empty_chunks": True})
+        array: Any = self.root[key]
+        return array.with_config({"write_empty_chunks": True})
 
 
 class DriverLock:
@@ -206,7 +207,7 @@ def open_store(path: Path) -> Store:
         store = Store(path)
     except (OSError, ValueError, LookupError) as error:
         raise StoreError(f"store {path} cannot be opened for writing: {error}") from error
-    found = int(store.root.attrs["schema_version"])
+    found = int(str(store.root.attrs["schema_version"]))
     if found > SCHEMA_VERSION:
         raise StoreError(f"store {path} has schema version {found}, this stepscope reads up to {SCHEMA_VERSION}. Update it.")
     return store
@@ -437,10 +438,10 @@ def _create_previews(root: Any, plan: Plan) -> None:
 
 def _create_experiment(root: Any, plan: Plan, grid: Grid) -> None:
     n, experiment = len(plan.samples), grid.experiment
-    sample_recipient = next(grid.interventions()).recipient
-    recipient = "by direction" if "direction" in grid.dims else sample_recipient
-    if "run" in grid.dims:
-        recipient = "by run"
+    recipient: str = next(grid.interventions()).recipient
+    for axis in ("direction", "run"):
+        if axis in grid.dims:
+            recipient = f"by {axis}"
     group = root.create_group(
         experiment.name,
         attributes={

@@ -59,7 +59,9 @@ class Ledger:
         for entry in journal.entries():
             group, index = entry.get("group"), entry.get("index")
             if group in self.status and isinstance(index, int) and index < len(self.status[group]):
-                self.mark(group, index, FAILED if entry.get("error") or entry.get("failed") else DONE, entry.get("failed", 0))
+                self.mark(
+                    group, index, FAILED if entry.get("error") or entry.get("failed") else DONE, entry.get("failed", 0)
+                )
 
     def mark(self, group: str, index: int, status: int, failed_cells: int = 0) -> None:
         """Set one unit's status."""
@@ -148,7 +150,12 @@ def _drive(
         if isinstance(event, UnitDone) and unit is not None:
             receipt = event.receipt.as_dict()
             journal.append(
-                unit=unit.id, group=unit.group, index=unit.index, replica=event.replica, attempt=event.attempt, **receipt
+                unit=unit.id,
+                group=unit.group,
+                index=unit.index,
+                replica=event.replica,
+                attempt=event.attempt,
+                **receipt,
             )
             ledger.mark(unit.group, unit.index, FAILED if receipt["failed"] else DONE, receipt["failed"])
             result.computed += 1

@@ -9,7 +9,7 @@ from typing import Any
 from interventions.sites import COMPONENTS, Branch, Component, Geometry
 
 
-class UnknownFamily(ValueError):
+class UnknownFamilyError(ValueError):
     """No family adapter declares the pipeline class."""
 
 
@@ -93,10 +93,10 @@ def family_of(pipeline_class: str) -> Family:
 
     Raises
     ------
-    UnknownFamily : none does; the message lists the classes that are covered.
+    UnknownFamilyError : none does; the message lists the classes that are covered.
     """
     for family in FAMILIES.values():
         if pipeline_class in family.pipelines:
             return family
     known = ", ".join(sorted(p for f in FAMILIES.values() for p in f.pipelines))
-    raise UnknownFamily(f"no family adapter covers pipeline class {pipeline_class}. Covered: {known}.")
+    raise UnknownFamilyError(f"no family adapter covers pipeline class {pipeline_class}. Covered: {known}.")

@@ -21,7 +21,9 @@ class FrameShuffle(Intervention):
     """
 
     formula: ClassVar[str] = "z[f] <- z[p(f)], p a derangement (permute), reversal (reverse), or min(f, frame) (freeze)"
-    example: ClassVar[str] = "shuffle:\n  kind: frame_shuffle\n  space: latents\n  mode: [permute, reverse]\n  step: all"
+    example: ClassVar[str] = (
+        "shuffle:\n  kind: frame_shuffle\n  space: latents\n  mode: [permute, reverse]\n  step: all"
+    )
 
     kind: Literal["frame_shuffle"] = "frame_shuffle"
     space: Literal["latents", "hidden"] = "latents"

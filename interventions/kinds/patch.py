@@ -72,5 +72,3 @@ class Patch(Intervention):
         tokens = slice(self.frame * n, (self.frame + 1) * n)
         out[tokens] = torch.lerp(value[tokens], donor[tokens], self.alpha)
         return out
-
-

@@ -9,7 +9,7 @@ import torch
 
 from interventions import kinds  # noqa: F401  (registers every kind)
 from interventions.base import KINDS, Intervention
-from interventions.engine import Engine, EngineError, Record, RunInputs
+from interventions.engine import Engine, Record, RunInputs
 from interventions.families.family import family_of
 from interventions.sites import COMPONENTS, Site
 from pipeline.embedded.build import build_pipeline
@@ -51,7 +51,8 @@ def record(request, pipe, engine) -> Record:
 def bare(pipe, engine: Engine, inputs: RunInputs) -> torch.Tensor:
     """Call a pipeline that was never wrapped, sharing the weights."""
     plain = type(pipe)(
-        **{**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}, expand_timesteps=True
+        **{**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)},
+        expand_timesteps=True,
     )
     plain.set_progress_bar_config(disable=True)
     return plain(**inputs.shared, **inputs.per_run, output_type="latent", return_dict=False)[0]
@@ -132,7 +133,9 @@ def test_alpha_zero_is_a_bit_exact_identity(engine, record):
     assert torch.equal(engine.fork(record, cells).final, record.final[[1, 1]])
 
 
-@pytest.mark.parametrize("name", ["patch_update", "freeze", "permute", "noise_step_on", "permute_hidden", "repeat", "drop"])
+@pytest.mark.parametrize(
+    "name", ["patch_update", "freeze", "permute", "noise_step_on", "permute_hidden", "repeat", "drop"]
+)
 def test_nothing_changes_before_the_intervened_step(name, engine, record):
     """Estimates before the step are those of the recorded run, bit for bit."""
     fork = engine.fork(record, [CELLS[name]], keep_x0_hat=True)
@@ -150,7 +153,7 @@ def test_patching_the_last_residual_gives_the_donor_prediction(engine, record):
 
 
 def test_any_block_residual_is_equivalent_where_runs_share_their_prompt(pipe, engine):
-    """With one prompt and two noises the residual is all that differs; with two prompts later blocks still read theirs."""
+    """With one prompt the residual is all that differs; with two, later blocks still read their own."""
     inputs = inputs_of(pipe, 1.0)
     noise = torch.randn(inputs.per_run["latents"].shape, generator=torch.Generator().manual_seed(5))
     one_prompt = inputs.per_run["prompt_embeds"][[0, 0]]
@@ -195,9 +198,17 @@ def test_schedules_cannot_be_mixed_in_one_fork(engine, record):
         engine.fork(record, [S(mode="drop", step=1), S(mode="freeze", step=1)])
 
 
-def test_capture_refuses_a_site_that_is_not_reached(engine, record):
-    with pytest.raises((EngineError, Exception), match="9|not reached|no attribute"):
-        engine.capture(record, 1, [Site(1, "cond", 9, "attn1")], [0])
+@pytest.mark.parametrize(
+    "site", [Site(1, "cond", 9, "attn1"), Site(9, "cond", 0, "attn1"), Site(1, "cond", 0, "head")], ids=str
+)
+def test_a_site_that_does_not_exist_is_refused(site, engine, record):
+    with pytest.raises(ValueError, match=r"no such site.*blocks 0 to 2"):
+        engine.capture(record, 1, [site], [0])
+
+
+def test_a_row_at_a_block_that_does_not_exist_is_refused(engine, record):
+    with pytest.raises(ValueError, match="no such site"):
+        engine.fork(record, [F(mode="reverse", space="hidden", layer=7, step=1)])
 
 
 def test_engine_is_usable_after_an_error_inside_a_trace(engine, record):

@@ -259,10 +259,12 @@ def test_store_attributes_tell_where_results_come_from(undisturbed):
 
 
 def test_store_opens_with_xarray_alone_and_without_a_warning(undisturbed):
-    script = "import sys, xarray; t = xarray.open_datatree(sys.argv[1], engine='zarr'); print(t['patch_map']['goal_evidence'].sel(step=1, component='attn2').dims)"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, str(undisturbed)], capture_output=True, text=True, cwd="/", check=False
+    script = (
+        "import sys, xarray; tree = xarray.open_datatree(sys.argv[1], engine='zarr'); "
+        "print(tree['patch_map']['goal_evidence'].sel(step=1, component='attn2').dims)"
     )
+    command = [sys.executable, "-W", "error", "-c", script, str(undisturbed)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
     assert done.returncode == 0, done.stderr
     assert "'sample'" in done.stdout
     assert done.stderr == ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ def _step_skip(loop: Loop, row: int, cell: Any, context: RowContext) -> torch.Te
         steps.insert(k, steps[k])
     else:
         kept = [i for i in range(len(s)) if i != k]
-        steps = [(i, s[i], s[j]) for i, j in zip(kept, kept[1:], strict=False)]
+        steps = [(i, s[i], s[j]) for i, j in pairwise(kept)]
     return loop.run(row, schedule=steps)[0]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from interventions.families.family import FAMILIES, Family, UnknownFamily, family_of, register_family
+from interventions.families.family import FAMILIES, Family, UnknownFamilyError, family_of, register_family
 from pipeline import models
 from pipeline.models import EMBEDDED, ModelError, describe, resolve
 from pipeline.tasks.maze import MazeTask
@@ -204,7 +204,7 @@ class TestFamilies:
         assert FAMILIES["wan"].given_frames(config) == given
 
     def test_unknown_pipeline_lists_those_that_are_known(self):
-        with pytest.raises(UnknownFamily, match=r"no family adapter covers pipeline class X\. Covered: .*WanPipeline"):
+        with pytest.raises(UnknownFamilyError, match=r"no family adapter covers pipeline class X\. Covered: .*WanPipeline"):
             family_of("X")
 
     def test_name_is_given_once(self):
