@@ -17,8 +17,10 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 app = App(
     name="stepscope",
-    help="Find out where in a video diffusion model's computation the reasoning happens.",
-    help_epilogue="Example: stepscope run configs/maze_demo.yaml && stepscope effects runs/maze_demo.zarr",
+    help="""Find out where in a video diffusion model's computation the reasoning happens.
+
+    Example: ``stepscope run configs/maze_demo.yaml``
+    """,
     version_flags=[],
 )
 
@@ -41,7 +43,9 @@ def run(
     *,
     store: Annotated[Path | None, Parameter(help="Where results go; default runs/NAME.zarr.")] = None,
     set_: Set = None,
-    replicas: Annotated[int | None, Parameter(converter=_whole, help="Model replicas; 0 runs in this process without Ray.")] = None,
+    replicas: Annotated[
+        int | None, Parameter(converter=_whole, help="Model replicas; 0 runs in this process without Ray.")
+    ] = None,
 ) -> int:
     """Run a sweep, or the rest of one: the same command resumes an interrupted store.
 
@@ -109,7 +113,11 @@ def plan(
     for name, shape in facts.pop("experiments").items():
         print(f"{name:>20}  {' x '.join(f'{d} {n}' for d, n in shape.items()) or 'one cell'}")
     for key, value in facts.items():
-        print(f"{key.replace('_', ' '):>20}  {value:,}" if isinstance(value, int) else f"{key.replace('_', ' '):>20}  {value}")
+        print(
+            f"{key.replace('_', ' '):>20}  {value:,}"
+            if isinstance(value, int)
+            else f"{key.replace('_', ' '):>20}  {value}"
+        )
     return OK
 
 
@@ -157,7 +165,9 @@ def effects(
 def report(
     store: StorePath,
     *,
-    out: Annotated[Path | None, Parameter(help="Folder for report.html and its PNGs; default STORE with suffix _report.")] = None,
+    out: Annotated[
+        Path | None, Parameter(help="Folder for report.html and its PNGs; default STORE with suffix _report.")
+    ] = None,
 ) -> int:
     """Draw a store's effects as one HTML page that opens offline, and as PNG files.
 
@@ -185,7 +195,8 @@ def models() -> int:
 
     for name in EMBEDDED:
         info = describe(name)
-        print(f"{name}: {info.pipeline_config['_class_name']}, {info.denoiser_config['num_layers']} blocks, in this package")
+        pipeline, blocks = info.pipeline_config["_class_name"], info.denoiser_config["num_layers"]
+        print(f"{name}: {pipeline}, {blocks} blocks, in this package")
     for family in FAMILIES.values():
         print(f"family {family.name}: {', '.join(family.pipelines)}; components {', '.join(family.components)}")
     return OK
@@ -288,6 +299,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, _bad_input()):
             _say(f"stepscope: {error}")
+            return BAD_INPUT
+        if isinstance(error, OSError):
+            _say(f"stepscope: {error}. What was finished before is safe; free space or fix the path and run again.")
             return BAD_INPUT
         if isinstance(error, _NOT_WRITABLE):
             _say(f"stepscope: {error.filename or 'a file'}: {error.strerror}. Choose a path that can be written.")

@@ -191,7 +191,9 @@ def _metric_problems(raw: Mapping[str, Any]) -> list[Problem]:
     # An unknown task is reported by itself; it must not make every metric unknown as well.
     known = [m.name for m in METRICS.values() if not _known_task(task_name) or m.defined_for(str(task_name))]
     found: list[Problem] = [
-        (("metrics", i), unknown("metric", n, known)) for i, n in enumerate(names) if isinstance(n, str) and n not in known
+        (("metrics", i), unknown("metric", n, known))
+        for i, n in enumerate(names)
+        if isinstance(n, str) and n not in known
     ]
     if len(set(map(str, names))) != len(names):
         found.append((("metrics",), f"a metric is listed twice: {names}"))

@@ -163,7 +163,9 @@ def parse(name: str, raw: Any) -> Experiment:
             fixed[field] = _checked(cls, field, value, (*where, field), problems)
     for field, info in cls.model_fields.items():
         if info.is_required() and field not in raw:
-            problems.append((where, f"{field} is missing; example:\n{cls.example}" if cls.example else f"{field} is missing"))
+            problems.append(
+                (where, f"{field} is missing; example:\n{cls.example}" if cls.example else f"{field} is missing")
+            )
     if problems:
         raise ExperimentError(problems)
     # The order of the kind's fields, not of the file: two files with one hash must lay out one array.
@@ -236,7 +238,11 @@ def _out_of_range(name: str, values: Any, fields: dict[str, str], geometry: Geom
         return [((name,), unknown("component", v, geometry.components)) for v in bad]
     if name == "branch":
         known = (*geometry.branches, "both")
-        return [((name,), f"branch {v!r} is not computed by this sampler; it has {', '.join(known)}") for v in values if v not in known]
+        return [
+            ((name,), f"branch {v!r} is not computed by this sampler; it has {', '.join(known)}")
+            for v in values
+            if v not in known
+        ]
     if name not in fields:
         return []
     legal = geometry.indices(fields[name])

@@ -82,7 +82,9 @@ def _download(name: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(name, use_safetensors=True))
     except Exception as error:
-        raise ModelError(f"model {name!r} could not be fetched from the hub: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"model {name!r} could not be fetched from the hub: {type(error).__name__}: {error}"
+        ) from error
 
 
 def describe(model_id: str) -> ModelInfo:
@@ -102,13 +104,16 @@ def describe(model_id: str) -> ModelInfo:
     except UnknownFamilyError as error:
         raise ModelError(f"model {model_id!r}: {error}") from error
     denoiser = folder / family.denoiser
+    weights = sorted(denoiser.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{denoiser} holds no safetensors weights. Save the pipeline with safe_serialization=True.")
     return ModelInfo(
         id=model_id,
         folder=folder,
         family=family.name,
         pipeline_config=pipeline_config,
         denoiser_config=_read_json(denoiser / "config.json"),
-        fingerprint=_fingerprint(sorted(denoiser.glob("*.safetensors"))),
+        fingerprint=_fingerprint(weights),
     )
 
 
@@ -141,9 +146,12 @@ def load_pipeline(info: ModelInfo, *, dtype: str, device: str) -> Any:
     dtype : "float32", "bfloat16" or "float16". device : "auto", "cpu" or "cuda".
     """
     import torch
+    from transformers.utils import logging as transformers_logging
+
+    # Said of image processors that no pipeline here uses, at the import of every Wan pipeline.
+    transformers_logging.set_verbosity_error()
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
 
     # diffusers loads a component class only from a module that is already imported, never from one a folder names.
     import pipeline.embedded.codec  # noqa: F401

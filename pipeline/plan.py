@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,10 +197,8 @@ def make_plan(config: SweepConfig, path: Path | None = None, overrides: Sequence
     if problems:
         lines = {}
         if path is not None:
-            try:
+            with suppress(SourceError):
                 lines = read_file(path)[1]
-            except SourceError:
-                pass
         raise ConfigError(format_problems(problems, lines, str(path or "config"), overridden_keys(overrides)))
     return Plan(config=config, model=model, task=task, geometry=geometry, grids=tuple(grids), patched=patched)
 

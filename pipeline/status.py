@@ -23,6 +23,9 @@ def summarise(path: Path) -> list[dict[str, Any]]:
         for (where, index), entry in journaled.items():
             if where == name and index < len(values):
                 values[index] = FAILED if entry.get("error") or entry.get("failed") else DONE
-        counts = {word: int((values == code).sum()) for word, code in (("done", DONE), ("pending", PENDING), ("failed", FAILED))}
+        counts = {
+            word: int((values == code).sum())
+            for word, code in (("done", DONE), ("pending", PENDING), ("failed", FAILED))
+        }
         rows.append({"group": name, "units": len(values), **counts})
     return rows

@@ -44,7 +44,9 @@ class Store:
         """The sha256 of the config that the store was created for."""
         return str(self.root.attrs["config_sha256"])
 
-    def write_cells(self, group: str, values: Mapping[str, NDArray[np.float32]], sample: int, start: int, stop: int) -> int:
+    def write_cells(
+        self, group: str, values: Mapping[str, NDArray[np.float32]], sample: int, start: int, stop: int
+    ) -> int:
         """Write one unit: for each metric an array (stop - start, *other axes), whole chunks only.
 
         Returns
@@ -61,7 +63,9 @@ class Store:
             region = f"{group}/{name}[{sample}, {start}:{stop}]"
             expected = (stop - start, *array.shape[2:]) if array.ndim > 1 else ()
             if value.shape != expected:
-                raise StoreError(f"region {region} has shape {expected}, the values have {value.shape}. Nothing was written.")
+                raise StoreError(
+                    f"region {region} has shape {expected}, the values have {value.shape}. Nothing was written."
+                )
             if not 0 <= start < stop <= lead:
                 raise StoreError(f"region {region} is not inside 0:{lead}. Nothing was written.")
             if array.ndim > 1 and (start % array.chunks[1] or (stop % array.chunks[1] and stop != lead)):
@@ -142,7 +146,9 @@ class DriverLock:
             handle.seek(0)
             holder = handle.read().strip() or "another process"
             handle.close()
-            raise StoreError(f"store {self.path.parent} is being driven by {holder}. Wait for it or stop it.") from error
+            raise StoreError(
+                f"store {self.path.parent} is being driven by {holder}. Wait for it or stop it."
+            ) from error
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {platform.node()}")
         handle.flush()
@@ -209,7 +215,9 @@ def open_store(path: Path) -> Store:
         raise StoreError(f"store {path} cannot be opened for writing: {error}") from error
     found = int(str(store.root.attrs["schema_version"]))
     if found > SCHEMA_VERSION:
-        raise StoreError(f"store {path} has schema version {found}, this stepscope reads up to {SCHEMA_VERSION}. Update it.")
+        raise StoreError(
+            f"store {path} has schema version {found}, this stepscope reads up to {SCHEMA_VERSION}. Update it."
+        )
     return store
 
 
@@ -224,9 +232,9 @@ def open_or_create(path: Path, plan: Plan) -> Store:
         store = open_store(path)
         if store.config_hash != plan.config.hash():
             stored = json.loads(str(store.root.attrs["config_json"]))
+            keys = "; ".join(differing(stored, plan.config.identity()))
             raise StoreError(
-                f"store {path} holds another config. Differing: {'; '.join(differing(stored, plan.config.identity()))}. "
-                "Use another --store, or that config."
+                f"store {path} holds another config. Differing: {keys}. Use another --store, or that config."
             )
         if store.root.attrs["model_fingerprint"] != plan.model.fingerprint:
             raise StoreError(f"store {path} was computed with other weights of {plan.model.id}. Use another --store.")
@@ -249,14 +257,20 @@ def open_or_create(path: Path, plan: Plan) -> Store:
             _remove(building)
             raise
     except OSError as error:
-        raise StoreError(f"cannot create store {path}: {error.strerror or error}. Choose a writable --store.") from error
+        raise StoreError(
+            f"cannot create store {path}: {error.strerror or error}. Choose a writable --store."
+        ) from error
     return Store(path)
 
 
 def differing(a: Any, b: Any, prefix: str = "") -> list[str]:
     """List the key paths in which two configs differ, with both values."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [line for key in sorted({*a, *b}) for line in differing(a.get(key), b.get(key), f"{prefix}.{key}".lstrip("."))]
+        return [
+            line
+            for key in sorted({*a, *b})
+            for line in differing(a.get(key), b.get(key), f"{prefix}.{key}".lstrip("."))
+        ]
     return [] if a == b else [f"{prefix} is {json.dumps(a)} in the store, {json.dumps(b)} in the config"]
 
 
@@ -305,7 +319,9 @@ def _root_attributes(plan: Plan) -> dict[str, Any]:
         ),
         "model_fingerprint": plan.model.fingerprint,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "libraries": json.dumps({n: _version(n) for n in ("torch", "diffusers", "nnsight", "ray", "zarr", "dask", "numpy")}),
+        "libraries": json.dumps(
+            {n: _version(n) for n in ("torch", "diffusers", "nnsight", "ray", "zarr", "dask", "numpy")}
+        ),
         "hardware": json.dumps({"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}),
         "experimental_unit": "prompt",
     }
@@ -369,7 +385,9 @@ def _write_samples(root: Any, plan: Plan) -> None:
     ):
         _put(group, name, ("sample",), [getattr(s, name) for s in plan.samples], long_name=what)
     _put(group, "seed", ("sample",), [s.seed for s in plan.samples], long_name="seed of the initial noise")
-    _put(group, "parameters", ("sample",), [json.dumps(s.parameters) for s in plan.samples], long_name="task parameters")
+    _put(
+        group, "parameters", ("sample",), [json.dumps(s.parameters) for s in plan.samples], long_name="task parameters"
+    )
 
 
 def _sigmas(plan: Plan) -> list[float]:
@@ -401,14 +419,21 @@ def _create_baseline(root: Any, plan: Plan) -> None:
         _allocate(group, metric.name, ("sample", "run"), (n, 2), (1, 2), **about)
         by_step = f"{metric.long_name} of the decoded clean estimate"
         _allocate(
-            group, f"{metric.name}_by_step", ("sample", "run", "step"), (n, 2, steps), (1, 2, steps),
+            group,
+            f"{metric.name}_by_step",
+            ("sample", "run", "step"),
+            (n, 2, steps),
+            (1, 2, steps),
             **{**about, "long_name": by_step},
         )
         if metric.floor is not None:
             floor = f"{metric.long_name} of a video that does nothing"
             _put(
-                group, f"{metric.name}_floor", ("sample",),
-                np.array([metric.floor(s) for s in plan.samples], dtype=np.float32), **{**about, "long_name": floor},
+                group,
+                f"{metric.name}_floor",
+                ("sample",),
+                np.array([metric.floor(s) for s in plan.samples], dtype=np.float32),
+                **{**about, "long_name": floor},
             )
     _status(group, n)
 

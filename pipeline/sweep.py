@@ -229,6 +229,9 @@ def ray_executor(plan: Plan, path: Path) -> Executor:
     import os
 
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Replicas inherit these: glibc would otherwise give every forward's buffers back to the system.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000000")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "2000000000")
     import ray
 
     from cluster.pool import RayPool

@@ -394,7 +394,8 @@ def _held_out_page(card: Card) -> list[str]:
         (
             f"{card['split']} Here: {settings['mazes']} mazes ({card['distinct_mazes']} distinct up to symmetry), one "
             "run each; percent with 95 % Wilson interval. Solved: the last frame is legal (no unclear pixel, walls "
-            'intact, one agent, trail a simple path from the start) with the agent on the right goal, or on either for "any". Trajectory: '
+            "intact, one agent, trail a simple path from the start) with the agent on the right goal, or on either "
+            'for "any". Trajectory: '
             "share of generated frames that keep up a steady walk to a goal (in brackets: a video that does nothing)."
         ),
         _table(["prompt", "solved", "ends at red", "ends at blue", "every frame legal", "trajectory (floor)"], rows),

@@ -41,6 +41,8 @@ class MazeTask(Task):
     @field_validator("pairs")
     @classmethod
     def _pairs_are_known(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(pairs)) != len(pairs):
+            raise ValueError(f"a pair is listed twice: {', '.join(pairs)}")
         for pair in pairs:
             clean, _, corrupted = pair.partition("/")
             if clean not in ("red", "blue") or corrupted not in PROMPTS or clean == corrupted:

@@ -19,7 +19,7 @@ class Sampler(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
 
 
 class Task(BaseModel):

@@ -204,7 +204,9 @@ class TestFamilies:
         assert FAMILIES["wan"].given_frames(config) == given
 
     def test_unknown_pipeline_lists_those_that_are_known(self):
-        with pytest.raises(UnknownFamilyError, match=r"no family adapter covers pipeline class X\. Covered: .*WanPipeline"):
+        with pytest.raises(
+            UnknownFamilyError, match=r"no family adapter covers pipeline class X\. Covered: .*WanPipeline"
+        ):
             family_of("X")
 
     def test_name_is_given_once(self):
