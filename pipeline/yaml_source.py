@@ -31,7 +31,7 @@ _StrictLoader.add_implicit_resolver(
     list("-+0123456789."),
 )
 # PyYAML reads a leading zero as octal; in YAML 1.2 it means nothing.
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
 
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{t}" for t in ("map", "seq", "str", "int", "float", "bool", "null", "merge")
