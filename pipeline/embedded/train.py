@@ -184,7 +184,7 @@ def _restore(
 def main() -> None:
     """Run the command line of the training script."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("build/maze_training"), help="checkpoints and result")
     parser.add_argument("--threads", type=int, default=2)
