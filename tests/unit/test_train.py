@@ -66,7 +66,7 @@ class Oracle(torch.nn.Module):
 
 
 def test_the_loss_of_the_true_velocity_is_zero_and_frame_zero_is_given_clean():
-    latents, prompts = train.training_batch(0, 1)
+    latents, _ = train.training_batch(0, 1)
     oracle = Oracle(latents)
     embeds = torch.zeros(train.BATCH, build.MAX_PROMPT_TOKENS, 32)
     loss = train.flow_matching_loss(oracle, latents, embeds, torch.Generator().manual_seed(0))
