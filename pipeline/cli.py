@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -300,11 +301,11 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, _bad_input()):
             _say(f"stepscope: {error}")
             return BAD_INPUT
-        if isinstance(error, OSError):
-            _say(f"stepscope: {error}. What was finished before is safe; free space or fix the path and run again.")
-            return BAD_INPUT
         if isinstance(error, _NOT_WRITABLE):
             _say(f"stepscope: {error.filename or 'a file'}: {error.strerror}. Choose a path that can be written.")
+            return BAD_INPUT
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _say("stepscope: the disk is full. Finished units are safe; free space and run the same command again.")
             return BAD_INPUT
         raise
     return code if isinstance(code, int) else OK

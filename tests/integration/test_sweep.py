@@ -106,7 +106,15 @@ def test_previews_hold_three_different_films(undisturbed):
 def start(config: Path, store: Path, *extra: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--store", str(store), *extra]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # A shell that puts the tests in the background makes them ignore Ctrl-C, and their children inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def kill_when(process: subprocess.Popen[bytes], store: Path, lines: int, sig: int) -> None:
