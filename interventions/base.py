@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -64,15 +65,16 @@ class RowContext:
     latents_before: torch.Tensor | None = None
     previous_prediction: torch.Tensor | None = None
 
-    def generator(self, purpose: str, *coordinates: int) -> torch.Generator:
-        """Return a CPU generator seeded by the sample, the purpose and coordinates, never by worker or order."""
-        text = ":".join([purpose, *map(str, self.seed), *map(str, coordinates)]).encode()
-        high, low = zlib.crc32(text), zlib.crc32(text[::-1] + b"/low")
-        return torch.Generator().manual_seed(high << 31 | low >> 1)
+    def generator(self, purpose: str, *coordinates: int) -> np.random.Generator:
+        """Return a generator seeded by the sample, the purpose and coordinates, never by worker or order."""
+        text = ":".join([purpose, *map(str, self.seed), *map(str, coordinates)])
+        return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest(), "big"))
 
     def noise_like(self, value: torch.Tensor, purpose: str, *coordinates: int) -> torch.Tensor:
         """Draw unit Gaussian noise of the shape of ``value``, on the CPU so that every device sees the same."""
-        draw = torch.randn(value.shape, generator=self.generator(purpose, *coordinates), dtype=torch.float32)
+        draw = torch.from_numpy(
+            self.generator(purpose, *coordinates).standard_normal(tuple(value.shape), dtype=np.float32)
+        )
         return draw.to(device=value.device, dtype=value.dtype)
 
 

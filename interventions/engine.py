@@ -51,7 +51,6 @@ class Record:
     Attributes
     ----------
     outputs : denoiser output of every call, (runs, C, F, H, W) each.
-    latents : latents entering each step, then the final ones; steps + 1 tensors (runs, C, F, H, W).
     x0_hat : clean estimate at each step; steps tensors.
     sigmas : noise level entering each step, then the final 0; steps + 1 values.
     final : what the pipeline returned, (runs, C, F, H, W).
@@ -61,7 +60,6 @@ class Record:
     geometry: Geometry
     sigmas: tuple[float, ...]
     outputs: list[torch.Tensor]
-    latents: list[torch.Tensor]
     x0_hat: list[torch.Tensor]
     final: torch.Tensor
 
@@ -126,7 +124,6 @@ class _Run:
     keep_x0_hat: bool = False
     record: bool = False
     outputs: list[torch.Tensor] = field(default_factory=list)
-    latents: list[torch.Tensor] = field(default_factory=list)
     x0_hat: dict[int, torch.Tensor] = field(default_factory=dict)
     fired: int = 0
     finished: bool = False
@@ -175,7 +172,6 @@ class Engine:
             geometry=geometry,
             sigmas=run.sigmas,
             outputs=run.outputs,
-            latents=run.latents,
             x0_hat=[run.x0_hat[s] for s in range(geometry.steps)],
             final=final,
         )
@@ -306,6 +302,8 @@ class Engine:
                     for _ in tracer.iter[[1]]:
                         self._follow(run, tracer)
                     result = tracer.result.save()
+            if run.stop_after_loop is None and self.solver.loops != len(run.order):
+                raise EngineError(f"the loop took {self.solver.loops} solver steps, the plan has {len(run.order)}")
         finally:
             self.solver.start(None)
         if not run.finished:
@@ -377,14 +375,11 @@ class Engine:
             context.previous_prediction = prediction[i]
         if run.keep_x0_hat:
             run.x0_hat[step] = estimate
-        if run.record:
-            run.latents.append(latents)
         following = run.order[loop + 1] if loop + 1 < len(run.order) else run.geometry.steps
         stepped = self._model.stepped.output
         if run.latents_at.get(following):
             self._model.stepped.output = self._edit_latents(run, following, stepped)
         if run.record and following == run.geometry.steps:
-            run.latents.append(stepped)
             run.sigmas = self.solver.sigmas
 
     def _check_in_step(self, loop: int) -> None:

@@ -24,16 +24,16 @@ class SolverTap:
 
     Raises
     ------
-    UnsupportedSolverError : the scheduler is not a flow-matching one with a ``sigmas`` table.
+    UnsupportedSolverError : the scheduler is not a deterministic flow-matching Euler solver.
     """
 
     def __init__(self, scheduler: Any, on_prediction: Callable[[Any], Any], on_stepped: Callable[[Any], Any]) -> None:
         name = type(scheduler).__name__
-        flow = name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction"
-        if not flow:
+        if name != "FlowMatchEulerDiscreteScheduler" or scheduler.config.get("stochastic_sampling"):
+            # Others keep history, call the denoiser twice a step or draw noise, and each would need its own proof.
             raise UnsupportedSolverError(
-                f"scheduler {name} does not predict a flow velocity (x0_hat = x - sigma v). "
-                "Use a flow-matching scheduler such as FlowMatchEulerDiscreteScheduler."
+                f"scheduler {name}{' with stochastic_sampling' if scheduler.config.get('stochastic_sampling') else ''} "
+                "is not supported. Use FlowMatchEulerDiscreteScheduler without stochastic_sampling."
             )
         self.scheduler = scheduler
         self.schedule: Schedule | None = None

@@ -15,6 +15,7 @@ from interventions.families.family import UnknownFamilyError, family_of
 from interventions.sites import Geometry
 from pipeline.tasks.task import Sampler, Task
 
+_RUN_FILES = (".safetensors", ".json", ".model", ".txt")
 EMBEDDED = {"embedded:maze": Path(__file__).parent / "embedded" / "maze"}
 
 
@@ -31,6 +32,7 @@ class ModelInfo:
     id : as written in the config. folder : diffusers folder. family : name of the adapter.
     pipeline_config, denoiser_config : parsed ``model_index.json`` and the denoiser's ``config.json``.
     fingerprint : sha256 over the denoiser's weight files.
+    digest : sha256 over every file that takes part in a run: all weights and all settings.
     """
 
     id: str
@@ -39,6 +41,7 @@ class ModelInfo:
     pipeline_config: dict[str, Any]
     denoiser_config: dict[str, Any]
     fingerprint: str
+    digest: str
 
     def geometry(self, task: Task, sampler: Sampler) -> Geometry:
         """Return the extent of a run of this model on a task."""
@@ -78,12 +81,15 @@ def resolve(model_id: str) -> Path:
 
 def _download(name: str) -> Path:
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
+    logging.set_verbosity_error()
     try:
         return Path(DiffusionPipeline.download(name, use_safetensors=True))
     except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise ModelError(
-            f"model {name!r} could not be fetched from the hub: {type(error).__name__}: {error}"
+            f"model {name!r} could not be fetched from the hub: {type(error).__name__}: {reason[:300]}"
         ) from error
 
 
@@ -114,6 +120,7 @@ def describe(model_id: str) -> ModelInfo:
         pipeline_config=pipeline_config,
         denoiser_config=_read_json(denoiser / "config.json"),
         fingerprint=_fingerprint(weights),
+        digest=_fingerprint([index, *sorted(f for f in folder.glob("*/*") if f.suffix in _RUN_FILES)]),
     )
 
 

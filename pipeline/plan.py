@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 
 from interventions.base import Intervention
-from interventions.sites import Geometry
+from interventions.sites import RUNS, Geometry
 from pipeline.config import ConfigError, SweepConfig, format_problems, overridden_keys
 from pipeline.experiment import Experiment, ExperimentError, Grid, Problem, parse
 from pipeline.metrics.metric import METRICS, Metric
-from pipeline.models import ModelInfo, describe
+from pipeline.models import ModelError, ModelInfo, describe
 from pipeline.samples import Sample
 from pipeline.tasks.task import Task
-from pipeline.yaml_source import SourceError, read_file
+from pipeline.yaml_source import Loc, SourceError, read_file
 
 BASELINE = "baseline"
 
@@ -113,6 +113,12 @@ class Plan:
                     )
                     number += 1
 
+    def unit_cells(self, unit: Unit) -> int:
+        """Return the number of cells of a unit; a baseline has two, its runs."""
+        if unit.group == BASELINE:
+            return len(RUNS)
+        return (unit.stop - unit.start) * math.prod(self.by_name[unit.group].shape[1:])
+
     def interventions(self, unit: Unit) -> list[Intervention]:
         """Return the interventions of a unit's cells, in C order."""
         grid = self.by_name[unit.group]
@@ -138,8 +144,13 @@ class Plan:
             units=sum(self.group_units(g) for g in (BASELINE, *self.by_name)),
             row_forwards=forwards * n,
             naive_row_forwards=(cells + 2) * n * self.geometry.steps * branches,
-            bytes=4 * n * len(self.metrics) * (cells + 2 * (self.geometry.steps + 1)),
+            bytes=4 * n * len(self.metrics) * (cells + 2 * (self.geometry.steps + 1)) + self._preview_bytes(),
         )
+
+    def _preview_bytes(self) -> int:
+        height, width = self.task.preview_size()
+        frames = 3 * self.geometry.steps * self.geometry.frames
+        return len(self.config.previews.samples) * frames * height * width * 3
 
     def batch_forwards(self, rows: Sequence[Intervention]) -> int:
         """Return the denoiser row-forwards of one batch, donor captures included."""
@@ -172,10 +183,13 @@ def make_plan(config: SweepConfig, path: Path | None = None, overrides: Sequence
 
     Raises
     ------
-    ConfigError : an index out of range, a cell that its kind refuses, or a preview that does not exist.
-    ModelError : the model cannot be found or is of no known family.
+    ConfigError : a model that cannot be found or is of no known family, an index out of range, a cell that its
+        kind refuses, or a preview that does not exist.
     """
-    model = describe(config.model.id)
+    try:
+        model = describe(config.model.id)
+    except ModelError as error:
+        raise _refusal([(("model", "id"), str(error))], path, overrides) from error
     task = config.build_task()
     geometry = model.geometry(task, config.sampler)
     problems: list[Problem] = []
@@ -195,12 +209,16 @@ def make_plan(config: SweepConfig, path: Path | None = None, overrides: Sequence
     if len(set(config.previews.samples)) != len(config.previews.samples):
         problems.append((("previews", "samples"), f"a sample is listed twice: {list(config.previews.samples)}"))
     if problems:
-        lines = {}
-        if path is not None:
-            with suppress(SourceError):
-                lines = read_file(path)[1]
-        raise ConfigError(format_problems(problems, lines, str(path or "config"), overridden_keys(overrides)))
+        raise _refusal(problems, path, overrides)
     return Plan(config=config, model=model, task=task, geometry=geometry, grids=tuple(grids), patched=patched)
+
+
+def _refusal(problems: list[Problem], path: Path | None, overrides: Sequence[str]) -> ConfigError:
+    lines: dict[Loc, int] = {}
+    if path is not None:
+        with suppress(SourceError):
+            lines = read_file(path)[1]
+    return ConfigError(format_problems(problems, lines, str(path or "config"), overridden_keys(overrides)))
 
 
 def _patched(config: SweepConfig, geometry: Geometry, problems: list[Problem]) -> Intervention | None:

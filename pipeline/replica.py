@@ -85,7 +85,7 @@ class Computer:
         record = self.record(sample)
         about = self.plan.samples[sample]
         values = dict(self.measure(record, record.final, about))
-        by_step = [self.measure(record, x0_hat, about) for x0_hat in record.x0_hat]
+        by_step = [self.measure(record, _with_given_frames(record, x0_hat), about) for x0_hat in record.x0_hat]
         for name in list(values):
             values[f"{name}_by_step"] = np.stack([step[name] for step in by_step], axis=1)
         return values
@@ -111,11 +111,7 @@ class Computer:
         return {m.name: _finite(m, given) for m in self.plan.metrics}
 
     def _frames(self, record: Record, latents: Any) -> NDArray[np.uint8]:
-        """Decode one row; given frames are shown as given, because the model makes no estimate of them."""
-        shown = latents.clone()
-        given = record.geometry.given_frames
-        shown[:, :, :given] = record.final[:1, :, :given]
-        video = self.plan.task.decode(self.pipe, shown)[0]
+        video = self.plan.task.decode(self.pipe, _with_given_frames(record, latents))[0]
         return np.nan_to_num(video).clip(0, 255).round().astype(np.uint8)
 
     def _patched_film(self, record: Record, patched: Intervention) -> list[NDArray[np.uint8]]:
@@ -169,6 +165,14 @@ class Replica:
             row_forwards=forwards,
             seconds=round(time.perf_counter() - started, 4),
         )
+
+
+def _with_given_frames(record: Record, estimate: Any) -> Any:
+    """Put the given frames back into a clean estimate, because the model makes no estimate of them."""
+    given = record.geometry.given_frames
+    complete = estimate.clone()
+    complete[:, :, :given] = record.final[:1, :, :given]
+    return complete
 
 
 def count_failed(values: Mapping[str, NDArray[np.float32]]) -> int:

@@ -236,23 +236,35 @@ def open_or_create(path: Path, plan: Plan) -> Store:
             raise StoreError(
                 f"store {path} holds another config. Differing: {keys}. Use another --store, or that config."
             )
-        if store.root.attrs["model_fingerprint"] != plan.model.fingerprint:
-            raise StoreError(f"store {path} was computed with other weights of {plan.model.id}. Use another --store.")
+        if store.root.attrs["model_digest"] != plan.model.digest:
+            raise StoreError(
+                f"store {path} was computed with other weights or settings of {plan.model.id}. Use another --store."
+            )
         return store
     if path.name in ("", ".."):
         raise StoreError(f"{path} has no name of its own. Name a new folder with --store.")
-    building = path.with_name(path.name + ".building")
+    # Of this process alone: two first starts at once must not build in the same place.
+    building = path.with_name(f"{path.name}.{os.getpid()}.building")
     try:
         # os.path.exists is False where pathlib raises, as below a folder that may not be read.
         if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
             raise StoreError(f"{path} exists and is not a stepscope store. Use another --store.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(building)
+        for rest in path.parent.glob(f"{path.name}.*.building"):
+            if not _is_alive(rest.name.split(".")[-2]):
+                _remove(rest)
         try:
             _create(building, plan)
-            if path.exists():
-                path.rmdir()
-            building.rename(path)
+            try:
+                if path.exists():
+                    path.rmdir()
+                building.rename(path)
+            except OSError:
+                if not is_store(path):
+                    raise
+                # Another first start was faster: what it made is this store, or is refused like any other.
+                _remove(building)
+                return open_or_create(path, plan)
         except BaseException:
             _remove(building)
             raise
@@ -272,6 +284,16 @@ def differing(a: Any, b: Any, prefix: str = "") -> list[str]:
             for line in differing(a.get(key), b.get(key), f"{prefix}.{key}".lstrip("."))
         ]
     return [] if a == b else [f"{prefix} is {json.dumps(a)} in the store, {json.dumps(b)} in the config"]
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove(folder: Path) -> None:
@@ -317,7 +339,7 @@ def _root_attributes(plan: Plan) -> dict[str, Any]:
                 "fingerprint": plan.model.fingerprint,
             }
         ),
-        "model_fingerprint": plan.model.fingerprint,
+        "model_digest": plan.model.digest,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "libraries": json.dumps(
             {n: _version(n) for n in ("torch", "diffusers", "nnsight", "ray", "zarr", "dask", "numpy")}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster import Executor, InlinePool, PoolOptions, WorkUnit
+from cluster import Executor, InlinePool, PoolError, PoolOptions, WorkUnit
 from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
 from pipeline.plan import BASELINE, Plan, Unit
 from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, Store, consolidate, open_or_create
@@ -123,7 +123,7 @@ def run_sweep(
         if todo:
             executor = (make_executor or inline_executor)(plan, path)
             try:
-                _drive(executor, todo, ledger, journal, result, observe)
+                _drive(executor, todo, ledger, journal, result, observe, plan.unit_cells)
             finally:
                 ledger.flush(force=True)
                 executor.close()
@@ -142,6 +142,7 @@ def _drive(
     journal: Journal,
     result: SweepResult,
     observe: Observer | None,
+    cells: Callable[[Unit], int],
 ) -> None:
     units = {unit.id: unit for unit in todo}
 
@@ -160,8 +161,15 @@ def _drive(
             ledger.mark(unit.group, unit.index, FAILED if receipt["failed"] else DONE, receipt["failed"])
             result.computed += 1
         elif isinstance(event, UnitFailed) and unit is not None:
-            journal.append(unit=unit.id, group=unit.group, index=unit.index, attempts=event.attempts, error=event.error)
-            ledger.mark(unit.group, unit.index, FAILED)
+            journal.append(
+                unit=unit.id,
+                group=unit.group,
+                index=unit.index,
+                attempts=event.attempts,
+                error=event.error,
+                failed=cells(unit),
+            )
+            ledger.mark(unit.group, unit.index, FAILED, cells(unit))
             result.errors.append(f"unit {unit.id} ({unit.group}, sample {unit.sample}): {event.error}")
         elif isinstance(event, UnitRetried | ReplicaLost):
             journal.append(unit=getattr(event, "unit", None), replica=event.replica, retried=event.error)
@@ -237,8 +245,14 @@ def ray_executor(plan: Plan, path: Path) -> Executor:
     from cluster.pool import RayPool
 
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        if address := os.environ.get("RAY_ADDRESS"):
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+                raise PoolError(
+                    f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. "
+                    "Start it, or unset RAY_ADDRESS to run on this machine."
+                ) from error
         else:
             run = plan.config.run
             ray.init(

@@ -61,7 +61,7 @@ class FrameShuffle(Intervention):
             generator = context.generator("frame_shuffle", self.step, -1 if self.layer is None else self.layer)
             sources = moved.copy()
             for i in range(len(sources) - 1, 0, -1):
-                j = int(torch.randint(i, (1,), generator=generator))
+                j = int(generator.integers(i))
                 sources[i], sources[j] = sources[j], sources[i]
         return [*range(geometry.given_frames), *sources]
 

@@ -15,14 +15,14 @@ from interventions.sites import Geometry, LatentsAt, Point, RunName
 class Noise(Intervention):
     """Replace latents by noise, everything at one step or one frame at all steps.
 
-    ``path`` "off" replaces the latents by unit noise, which at low sigma lies far off the distribution that the
-    model was trained on (the published "Noise at Step" and "Noise at Frame"). "on" re-noises the model's own
+    ``path`` "off_path" replaces the latents by unit noise, which at low sigma lies far off the distribution that the
+    model was trained on (the published "Noise at Step" and "Noise at Frame"). "on_path" re-noises the model's own
     clean estimate to the step's sigma, so the latents stay on the path and only the information that noise
     destroys is lost.
     """
 
     formula: ClassVar[str] = (
-        "off: x_s <- eps; on: x_s <- (1 - sigma_s) x0_hat + sigma_s eps, x0_hat from step s (at step) "
+        "off_path: x_s <- eps; on_path: x_s <- (1 - sigma_s) x0_hat + sigma_s eps, x0_hat from step s (at step) "
         "or from the step before (at frame)"
     )
     example: ClassVar[str] = "noise_step:\n  kind: noise\n  at: step\n  path: [off_path, on_path]\n  step: all"

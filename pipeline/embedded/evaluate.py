@@ -364,6 +364,10 @@ def render(card: Card) -> str:
         'prompts "red" and "blue" determine the goal, "any" leaves it open. '
         f"{settings['steps']} steps of {model['scheduler']} with shift {model['shift']}, guidance 1."),
         "**All requirements are met.**" if met else f"**Requirements not met: {'; '.join(missed)}.**",
+        (
+            f'Decoding decides the last one: {_lean_at_start(card)} % of the estimates of "any" at step 0 lean to a '
+            "solved maze, read by nearest colour alone; see below."
+        ),
         _table(
             ["requirement", "asked", "measured", ""],
             [[r["what"], _asked(r), _show(r["percent"]), "met" if r["met"] else "**not met**"]
@@ -438,6 +442,11 @@ def _steps_page(card: Card) -> list[str]:
         ),
         _table(header, rows),
     ]
+
+
+def _lean_at_start(card: Card) -> str:
+    curve = card["x0_hat"]["any"]
+    return _show(_percent(curve["solved_by_lean"], 0, curve["runs"]))
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -1,7 +1,8 @@
 """Train the embedded maze model: ``python -m pipeline.embedded.train`` (flow matching on generated mazes).
 
 Every batch is generated from its step number, so a run is defined by ``--seed`` and ``--steps`` and an
-interrupted run continues from its last checkpoint with the batches it would have seen.
+interrupted run continues from its last checkpoint with the batches it would have seen. The shipped weights
+are those of the defaults; they took about an hour on two shared cores (``training.json`` has the figure).
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def train(steps: int, seed: int, work: Path, compile_model: bool, checkpoint_eve
     embeds = build.encode_prompts(pipe, [*build.PROMPTS, ""])
     optimizers = make_optimizers(model)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    first, wall, losses = _restore(work, model, optimizers, ema)
+    identity = [steps, seed, BATCH]
+    first, wall, losses = _restore(work, identity, model, optimizers, ema)
     forward = torch.compile(model) if compile_model else model
     started = time.monotonic() - wall
     for step in range(first, steps):
@@ -127,7 +129,7 @@ def train(steps: int, seed: int, work: Path, compile_model: bool, checkpoint_eve
             wall = time.monotonic() - started
             print(f"step {step + 1} of {steps}: loss {np.mean(losses[-50:]):.4f}, {wall:.0f} s", flush=True)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            _checkpoint(work, step + 1, time.monotonic() - started, losses, model, optimizers, ema)
+            _checkpoint(work, identity, step + 1, time.monotonic() - started, losses, model, optimizers, ema)
     model.load_state_dict(ema, strict=False)
     build.save_pipeline(pipe, work / "pipeline")
     record = {
@@ -146,6 +148,7 @@ def train(steps: int, seed: int, work: Path, compile_model: bool, checkpoint_eve
 
 def _checkpoint(
     work: Path,
+    identity: list[int],
     step: int,
     wall: float,
     losses: list[float],
@@ -155,6 +158,7 @@ def _checkpoint(
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
     state = {
+        "identity": identity,
         "step": step,
         "wall": wall,
         "losses": losses,
@@ -168,12 +172,21 @@ def _checkpoint(
 
 
 def _restore(
-    work: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], ema: dict[str, torch.Tensor]
+    work: Path,
+    identity: list[int],
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    ema: dict[str, torch.Tensor],
 ) -> tuple[int, float, list[float]]:
     path = work / "checkpoint.pt"
     if not path.exists():
         return 0, 0.0, []
     state = torch.load(path, weights_only=True)
+    if state["identity"] != identity:
+        raise SystemExit(
+            f"{path} belongs to a run of steps, seed, batch {state['identity']}, asked are {identity}. "
+            "Give another --work folder."
+        )
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)

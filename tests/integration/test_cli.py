@@ -602,3 +602,16 @@ class TestProcess:
         assert done.stdout == ""
         assert "2 of 2 units to run" in done.stderr
         assert done.stderr.splitlines()[-1] == "Done: 2 units in run.zarr (2 computed now)."
+
+
+def test_a_full_disk_is_one_sentence(here, capsys, monkeypatch):
+    import errno
+
+    import pipeline.sweep
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline.sweep, "run_sweep", full)
+    assert main(["run", "c.yaml", "--replicas", "0"]) == BAD_INPUT
+    assert capsys.readouterr().err.count("the disk is full") == 1

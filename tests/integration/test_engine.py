@@ -9,9 +9,10 @@ import torch
 
 from interventions import kinds  # noqa: F401  (registers every kind)
 from interventions.base import KINDS, Intervention
-from interventions.engine import Engine, Record, RunInputs
+from interventions.engine import Engine, EngineError, Record, RunInputs
 from interventions.families.family import family_of
 from interventions.sites import COMPONENTS, Site
+from interventions.solver import UnsupportedSolverError
 from pipeline.embedded.build import build_pipeline
 from pipeline.tasks.maze import MazeTask
 from pipeline.tasks.task import Sampler
@@ -232,3 +233,37 @@ def test_nan_in_one_row_stays_in_that_row(engine, record):
     fork = engine.fork(record, [Poison(step=1, layer=0, component="attn1"), P(step=1, layer=0, component="attn1")])
     assert not torch.isfinite(fork.final[0, :, 1:]).all()
     assert torch.isfinite(fork.final[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("FlowMatchHeunDiscreteScheduler", {}),
+        ("FlowMatchLCMScheduler", {}),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+    ],
+)
+def test_solvers_without_proof_are_refused(name, settings):
+    """They draw noise, call the denoiser twice a step or keep history: replay and skips would mean something else."""
+    import diffusers
+
+    pipe = build_pipeline(3, num_layers=1)
+    pipe.scheduler = getattr(diffusers, name)(**settings)
+    with pytest.raises(UnsupportedSolverError, match=name):
+        Engine(pipe, family_of("WanImageToVideoPipeline"))
+
+
+def test_a_loop_of_another_length_than_planned_is_an_error(engine, record, monkeypatch):
+    original = type(engine.solver)._set_timesteps
+
+    def one_more(self, scheduler, steps, **kwargs):
+        original(self, scheduler, steps + 1, **kwargs)
+
+    monkeypatch.setattr(
+        engine.solver.scheduler,
+        "set_timesteps",
+        lambda steps, **kwargs: one_more(engine.solver, engine.solver.scheduler, steps, **kwargs),
+    )
+    with pytest.raises(EngineError, match="the plan has 5"):
+        engine.record(record.inputs)

@@ -95,6 +95,12 @@ def test_baseline_follows_the_run_to_its_end(undisturbed):
     assert np.abs(by_step[:, :, -1] - final).max() < np.abs(by_step[:, :, 0] - final).max() + 0.05
 
 
+def test_estimates_are_measured_with_the_given_frame_put_back(undisturbed):
+    """Without it the clean run's own estimate would stay a noisy frame away from its final video."""
+    by_step = np.asarray(zarr.open_group(str(undisturbed), mode="r")["baseline/latent_distance_by_step"])
+    assert by_step[:, 0, -1].max() < 1e-3
+
+
 def test_previews_hold_three_different_films(undisturbed):
     film = np.asarray(zarr.open_group(str(undisturbed), mode="r")["previews/x0_hat"])[0]
     assert film.shape == (3, 4, 6, 5, 5, 3)
@@ -208,6 +214,7 @@ def test_a_unit_that_raises_is_retried_then_reported(config, tmp_path, monkeypat
     assert main(["run", str(config), "--store", str(store), "--set", "run.max_attempts=2"]) == 1
     assert attempts.count(1) == 2
     text = capsys.readouterr().err
+    assert "1 units hold failures: 2 cells have no finite value" in text
     assert "planted failure" in text
     assert "Traceback" not in text
     status = open_store(store).status("baseline")
@@ -261,7 +268,7 @@ def test_ray_replicas_give_the_same_bits_as_this_process(ray_session, model, und
 def test_store_attributes_tell_where_results_come_from(undisturbed):
     attrs = zarr.open_group(str(undisturbed), mode="r").attrs
     assert json.loads(attrs["config_json"])["sampler"]["steps"] == 4
-    assert len(attrs["config_sha256"]) == len(attrs["model_fingerprint"]) == 64
+    assert len(attrs["config_sha256"]) == len(attrs["model_digest"]) == 64
     assert attrs["experimental_unit"] == "prompt"
     assert {"torch", "diffusers", "nnsight", "zarr"} <= json.loads(attrs["libraries"]).keys()
 

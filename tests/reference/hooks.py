@@ -1,5 +1,7 @@
 """An independent implementation of every intervention: an explicit Euler loop and plain PyTorch forward hooks.
 
+For Wan image-to-video with the first latent frame given, the form of the embedded model.
+
 One row, whole run, no nnsight, no replay, no batching, no code of the engine. Only the definition of a random draw
 (which seed belongs to which coordinates) is shared, because it is part of an intervention's meaning.
 """
@@ -185,7 +187,7 @@ def _frame_order(cell: Any, context: RowContext) -> list[int]:
     else:
         generator = context.generator("frame_shuffle", cell.step, -1 if cell.layer is None else cell.layer)
         for i in reversed(range(1, len(moved))):
-            j = int(torch.randint(i, (1,), generator=generator))
+            j = int(generator.integers(i))
             moved[i], moved[j] = moved[j], moved[i]
     return list(range(context.geometry.given_frames)) + moved
 
@@ -198,7 +200,7 @@ def _noise(loop: Loop, row: int, cell: Any, context: RowContext) -> torch.Tensor
         if step >= loop.geometry.steps or (cell.at == "step" and step != cell.step):
             return x
         purpose = f"noise at {cell.at}"
-        eps = torch.randn(x.shape[1:], generator=context.generator(purpose, step))[None]
+        eps = torch.from_numpy(context.generator(purpose, step).standard_normal(x.shape[1:], dtype=np.float32))[None]
         base = clean[step] if cell.at == "step" else estimate
         renoised = eps if cell.path == "off_path" or base is None else (1 - s[step]) * base + s[step] * eps
         if cell.at == "step":

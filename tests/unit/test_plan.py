@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from interventions.sites import Geometry
 from pipeline.config import ConfigError, SweepConfig, load_config
 from pipeline.experiment import parse
-from pipeline.models import ModelError, describe
+from pipeline.models import describe
 from pipeline.plan import BASELINE, Plan, batch_rows, make_plan
 
 STEPS, LAYERS, FRAMES = 3, 6, 5
@@ -240,10 +240,14 @@ class TestCost:
         assert plan_of(sampler={"steps": STEPS, "guidance_scale": 3.0}).cost().row_forwards == 2 * plain
 
     def test_samples_multiply_everything_but_nothing_else(self):
-        one = plan_of(task={"name": "maze", "mazes": 1}).cost()
-        three = plan_of(task={"name": "maze", "mazes": 3}).cost()
+        one = plan_of(task={"name": "maze", "mazes": 1}, previews={"samples": []}).cost()
+        three = plan_of(task={"name": "maze", "mazes": 3}, previews={"samples": []}).cost()
         for name in ("cells", "units", "row_forwards", "naive_row_forwards", "bytes"):
             assert getattr(three, name) == 3 * getattr(one, name), name
+
+    def test_previews_count_every_frame_of_three_films(self):
+        without, with_one = (plan_of(previews={"samples": chosen}).cost().bytes for chosen in ([], [0]))
+        assert with_one - without == 3 * STEPS * 6 * 5 * 5 * 3
 
     def test_naive_cost_is_a_full_run_a_cell(self):
         cost = plan_of(task={"name": "maze", "mazes": 1}).cost()
@@ -295,7 +299,7 @@ class TestBinding:
 
     def test_unknown_model_is_refused(self):
         with pytest.raises(
-            ModelError, match=r"unknown embedded model 'embedded:mazes'\. Did you mean 'embedded:maze'\?"
+            ConfigError, match=r"unknown embedded model 'embedded:mazes'\. Did you mean 'embedded:maze'\?"
         ):
             make_plan(settings_of(model={"id": "embedded:mazes"}))
 

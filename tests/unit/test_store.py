@@ -198,10 +198,29 @@ class TestCreate:
             open_or_create(tmp_path / "run.zarr", plan)
 
     def test_rest_of_a_killed_creation_is_replaced(self, tmp_path, plan):
-        rest = tmp_path / "run.zarr.building"
+        ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+        rest = tmp_path / f"run.zarr.{int(ended.stdout)}.building"
         rest.mkdir()
         (rest / "zarr.json").write_text("{}")
         open_or_create(tmp_path / "run.zarr", plan)
+        assert [p.name for p in tmp_path.iterdir()] == ["run.zarr"]
+
+    def test_creation_of_a_living_process_is_left_alone(self, tmp_path, plan):
+        other = tmp_path / f"run.zarr.{os.getppid()}.building"
+        other.mkdir()
+        open_or_create(tmp_path / "run.zarr", plan)
+        assert other.exists()
+
+    def test_a_faster_first_start_of_the_same_config_is_joined(self, tmp_path, plan, monkeypatch):
+        create = store_module._create
+
+        def slow(path, plan):
+            create(path, plan)
+            create(tmp_path / "run.zarr", plan)
+
+        monkeypatch.setattr(store_module, "_create", slow)
+        store = open_or_create(tmp_path / "run.zarr", plan)
+        assert store.config_hash == plan.config.hash()
         assert [p.name for p in tmp_path.iterdir()] == ["run.zarr"]
 
 
@@ -224,8 +243,10 @@ class TestOpen:
         )
 
     def test_other_weights_are_refused(self, store, plan):
-        store.root.attrs["model_fingerprint"] = "0" * 64
-        with pytest.raises(StoreError, match=r"computed with other weights of embedded:maze\. Use another --store\.$"):
+        store.root.attrs["model_digest"] = "0" * 64
+        with pytest.raises(
+            StoreError, match=r"computed with other weights or settings of embedded:maze\. Use another --store\.$"
+        ):
             open_or_create(store.path, plan)
 
     def test_newer_schema_is_refused(self, store):
