@@ -149,6 +149,16 @@ class Engine:
         """Take the wrap off the pipeline's scheduler."""
         self.solver.release()
 
+    def bare(self, inputs: RunInputs) -> torch.Tensor:
+        """Run the pipeline with nothing of ours in its loop and return the final latents, one row a run."""
+        self.solver.release()
+        try:
+            kwargs = {**inputs.shared, **inputs.rows(range(len(inputs.names)))}
+            final: torch.Tensor = self.pipe(**kwargs, output_type="latent", return_dict=False)[0]
+        finally:
+            self.solver.attach()
+        return final
+
     def geometry(self, inputs: RunInputs) -> Geometry:
         """Return the extent of a run on these inputs."""
         latents = inputs.per_run["latents"]

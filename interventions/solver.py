@@ -44,8 +44,12 @@ class SolverTap:
         self._on_prediction, self._on_stepped = on_prediction, on_stepped
         self._original_step = scheduler.step
         self._original_set_timesteps = scheduler.set_timesteps
-        scheduler.step = MethodType(self._step, scheduler)
-        scheduler.set_timesteps = MethodType(self._set_timesteps, scheduler)
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the wrap on the scheduler."""
+        self.scheduler.step = MethodType(self._step, self.scheduler)
+        self.scheduler.set_timesteps = MethodType(self._set_timesteps, self.scheduler)
 
     def release(self) -> None:
         """Give the scheduler its own methods back."""

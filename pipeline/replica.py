@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interventions.base import Intervention
+from interventions.controls import require_controls
 from interventions.engine import Engine, Record
 from interventions.families.family import family_of
 from interventions.sites import RUNS
@@ -139,6 +140,9 @@ class Replica:
         self.store = Store(Path(store))
         pipe = load_pipeline(self.plan.model, dtype=parsed.model.dtype, device=parsed.model.device)
         self.computer = Computer(self.plan, pipe)
+        require_controls(
+            self.computer.engine, self.plan.task.inputs(pipe, self.plan.samples[0], self.plan.config.sampler)
+        )
 
     def run(self, unit: Unit) -> Receipt:
         """Compute one unit and write its region; the same unit always writes the same bytes."""

@@ -148,6 +148,17 @@ def test_resume_after_sigkill_is_bit_identical(config, undisturbed, tmp_path):
     assert_same_arrays(store, undisturbed)
 
 
+@pytest.mark.ray
+def test_resume_after_the_driver_of_ray_replicas_was_killed_is_bit_identical(config, undisturbed, tmp_path):
+    """The replicas outlive their driver for a moment; what they still write is what the next driver writes."""
+    store = tmp_path / "run.zarr"
+    process = start(config, store, "--replicas", "2")
+    kill_when(process, store, 4, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
 def test_sigkill_between_data_and_status_is_bit_identical(config, undisturbed, tmp_path):
     """Wipe status and journal of a half-done store: all data is there, nothing is marked; everything runs again."""
     store = tmp_path / "run.zarr"
