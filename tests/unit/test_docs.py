@@ -67,9 +67,9 @@ def test_reliability_names_tests_that_exist():
     assert named <= defined
 
 
-def test_commands_of_the_readme_parse(tmp_path, monkeypatch):
-    text = "".join(blocks(ROOT / "README.md", ""))
-    lines = re.findall(r"^stepscope ([^#\n]+)", text, flags=re.MULTILINE)
+def test_commands_of_the_readme_parse():
+    commands = "|".join(("run", "plan", "effects", "report"))
+    lines = re.findall(rf"^stepscope ((?:{commands}) [^#\n]+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert len(lines) >= 4
     for line in lines:
         app.parse_args(line.split(), exit_on_error=False, print_error=False)
