@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
 from pipeline.plan import Unit
@@ -20,7 +20,7 @@ class SweepProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self.total = self.done = self.cells = self.failed_cells = 0
+        self.total = self.done = self.cells = self.failed_cells = self.total_cells = 0
         self._started = self._last_line = time.monotonic()
         self._live = self.console.is_terminal
         self._progress = Progress(
@@ -29,12 +29,11 @@ class SweepProgress:
             MofNCompleteColumn(),
             TextColumn("units, {task.fields[cells]} cells"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("about {task.fields[left]} left"),
             console=self.console,
             disable=not self._live,
         )
-        self._task = self._progress.add_task("sweep", total=None, cells=0)
+        self._task = self._progress.add_task("sweep", total=None, cells=0, left="?")
 
     def __enter__(self) -> SweepProgress:
         self._progress.start()
@@ -43,9 +42,9 @@ class SweepProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
 
-    def start(self, todo: int, total: int) -> None:
-        """Announce how much there is to do."""
-        self.total = todo
+    def start(self, todo: int, total: int, cells: int = 0) -> None:
+        """Announce how much there is to do; ``cells`` of the units to run, if known, weigh the time left."""
+        self.total, self.total_cells = todo, cells
         self._started = time.monotonic()
         self._progress.update(self._task, total=todo)
         held = total - todo
@@ -57,7 +56,7 @@ class SweepProgress:
             self.done += 1
             self.cells += event.receipt.cells
             self.failed_cells += event.receipt.failed
-            self._progress.update(self._task, advance=1, cells=self.cells)
+            self._progress.update(self._task, advance=1, cells=self.cells, left=self._left())
         elif isinstance(event, UnitFailed):
             self.done += 1
             self._progress.update(self._task, advance=1)
@@ -74,8 +73,13 @@ class SweepProgress:
             return
         self._last_line = now
         elapsed = now - self._started
-        left = f"{elapsed / self.done * (self.total - self.done):.0f}" if self.done else "?"
-        self._say(f"{self.done}/{self.total} units, {self.cells} cells, {elapsed:.0f} s, about {left} s left")
+        self._say(f"{self.done}/{self.total} units, {self.cells} cells, {elapsed:.0f} s, about {self._left()} left")
+
+    def _left(self) -> str:
+        # Units differ a hundredfold in cost, and the cheap baselines come first: their cells tell better.
+        done, total = (self.cells, self.total_cells) if self.total_cells else (self.done, self.total)
+        elapsed = time.monotonic() - self._started
+        return f"{elapsed / done * (total - done):.0f} s" if done else "? s"
 
     def _say(self, text: str) -> None:
         # Errors may hold brackets, which rich would read as markup.

@@ -97,14 +97,15 @@ def run_sweep(
     *,
     make_executor: Callable[[Plan, Path], Executor] | None = None,
     observe: Observer | None = None,
-    on_start: Callable[[int, int], None] | None = None,
+    on_start: Callable[[int, int, int], None] | None = None,
 ) -> SweepResult:
     """Run every unit of a plan that the store does not hold yet.
 
     Parameters
     ----------
     make_executor : builds the pool once the store exists; the default runs in this process.
-    observe : called with every event and its unit. on_start : called with units to run and units in all.
+    observe : called with every event and its unit. on_start : called with units to run, units in all,
+        and cells to run.
 
     Raises
     ------
@@ -118,7 +119,7 @@ def run_sweep(
         ledger, journal = Ledger(store, plan), Journal(path)
         todo = [unit for unit in plan.units() if ledger.pending(unit)]
         if on_start is not None:
-            on_start(len(todo), sum(len(s) for s in ledger.status.values()))
+            on_start(len(todo), sum(len(s) for s in ledger.status.values()), sum(map(plan.unit_cells, todo)))
         result = SweepResult()
         if todo:
             executor = (make_executor or inline_executor)(plan, path)

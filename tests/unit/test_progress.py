@@ -84,6 +84,13 @@ class TestPlainLines:
             shown.observe(done(), UNIT)
         assert log.getvalue().splitlines()[-1] == "1/4 units, 10 cells, 30 s, about 90 s left"
 
+    def test_time_left_weighs_units_by_their_cells(self, clock, log):
+        with plain(log) as shown:
+            shown.start(4, 4, 100)
+            clock.now += 30
+            shown.observe(done(), UNIT)
+        assert log.getvalue().splitlines()[-1] == "1/4 units, 10 cells, 30 s, about 270 s left"
+
     def test_time_left_is_unknown_before_the_first_unit(self, clock, log):
         with plain(log) as shown:
             shown.start(4, 4)
