@@ -44,8 +44,8 @@ class NaiveLoop:
 
     def capture(self, sites: set[tuple[int, int, str]], steps: int) -> None:
         """Keep the clean run's activations at every site, as such a loop would."""
-        found = nnsight.save({})
         with self.model.trace(**self.inputs.shared, **self.inputs.rows([0])) as tracer:
+            found = nnsight.save({})
             for step in tracer.iter[:steps]:
                 for _, layer, name in sorted(s for s in sites if s[0] == step):
                     found[step, layer, name] = self.model.transformer.blocks[layer].get(name).output.clone()
