@@ -186,12 +186,6 @@ def count_failed(values: Mapping[str, NDArray[np.float32]]) -> int:
 
 
 def _finite(metric: Metric, given: MetricInput) -> NDArray[np.float32]:
-    with np.errstate(all="ignore"):
-        value = np.asarray(metric.compute(given), dtype=np.float32)
-    if value.shape != (len(given.latents),):
-        raise ValueError(
-            f"metric {metric.name} returned shape {value.shape} for {len(given.latents)} rows; return one value a row"
-        )
-    broken = ~np.isfinite(given.latents).all(axis=tuple(range(1, given.latents.ndim)))
-    value[broken | ~np.isfinite(value)] = np.nan
+    value = metric.compute(given).astype(np.float32)
+    value[~np.isfinite(value)] = np.nan
     return value

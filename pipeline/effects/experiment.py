@@ -19,11 +19,13 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from pipeline.effects.state import GroupedMoments, Key
+from pipeline.store import DONE as DONE
+from pipeline.store import FAILED as FAILED
+from pipeline.store import PENDING as PENDING
 
 Unit = Literal["prompt", "sample"]
 Floats = NDArray[np.float64]
 
-PENDING, DONE, FAILED = 0, 1, 2
 NOT_EXPERIMENTS = frozenset({"samples", "baseline", "previews", "effects"})
 
 
