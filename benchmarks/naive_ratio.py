@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from interventions.base import KINDS, Intervention
-from interventions.engine import RunInputs
+from interventions.record import RunInputs
 from pipeline.config import SweepConfig
 from pipeline.models import load_pipeline
 from pipeline.plan import make_plan

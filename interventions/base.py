@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from interventions.sites import Branch, Geometry, Point, RunName, Site
+from interventions.attention import Edges
+from interventions.sites import AttentionAt, BlockAt, Branch, Geometry, NoSuchSiteError, Point, RunName
 
 
 @dataclass(frozen=True, slots=True)
 class Indexes:
-    """Marks an integer field as an index along a coordinate, so that its range is checked and "all" expands."""
+    """Marks an integer field as an index along a coordinate, so that its range is checked and "all" expands.
+
+    ``window`` names the field that says how many consecutive indices from this one on are meant.
+    """
 
     coordinate: str
+    window: str = ""
 
 
-StepIndex = Annotated[int, Field(ge=0), Indexes("step")]
-LayerIndex = Annotated[int, Field(ge=0), Indexes("layer")]
+StepIndex = Annotated[int, Field(ge=0), Indexes("step", "steps")]
+LayerIndex = Annotated[int, Field(ge=0), Indexes("layer", "layers")]
 FrameIndex = Annotated[int, Field(ge=0), Indexes("frame")]
+HeadIndex = Annotated[int, Field(ge=0), Indexes("head")]
+Window = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +39,48 @@ class Schedule:
 
     Attributes
     ----------
-    edit : "drop" removes ``step`` from the sigma schedule; "repeat" takes ``step`` twice.
-    step : index in the unchanged schedule.
+    edit : "drop" removes ``step`` from the sigma schedule; "repeat" takes ``step`` twice; "swap" takes ``other``
+        in the place of ``step`` and the other way round.
+    step, other : indices in the unchanged schedule.
     """
 
-    edit: str
+    edit: Literal["drop", "repeat", "swap"]
     step: int
+    other: int | None = None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RunRef:
+    """A recorded run, seen from the sample at hand.
+
+    Attributes
+    ----------
+    run : clean or corrupted.
+    sample : offset along the sweep's samples, cyclic; with ``fixed``, counted from the first sample instead.
+    seed : offset of the initial noise's seed; 0 is the sample's own noise.
+    """
+
+    run: RunName
+    sample: int = 0
+    seed: int = 0
+    fixed: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Whether this is a run of the sample at hand itself."""
+        return self.sample == 0 and self.seed == 0 and not self.fixed
+
+
+Source = tuple[RunRef, ...]
+"""Where donor values come from: the mean over these runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A value that an intervention needs from recorded runs: the mean of ``point`` over ``source``."""
+
+    point: Point
+    source: Source
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,23 +90,25 @@ class RowContext:
     Attributes
     ----------
     geometry : extent of the run.
-    sigmas : noise level entering each step, then the final 0; length steps + 1.
+    levels : (alpha, sigma) of the latents entering each step, x = alpha x0 + sigma eps; then those of the result.
     seed : integers that identify the sample; every random draw derives from them and from coordinates.
-    donors : activations of the donor run at the sites the intervention asked for, (tokens, channels) each.
+    donors : the value of every ``Read``: (tokens, channels) at a site, (C, F, H, W) for latents, a mapping for a prompt.
     recorded_x0_hat : per step, the clean estimate of the recipient's recorded run, (C, F, H, W).
     x0_hat : this row's latest clean estimate, None before its first prediction.
     latents_before : latents that entered the current step.
     previous_prediction : guided prediction of the step before, None at the first.
+    previous_outputs : denoiser output of the step before, by branch.
     """
 
     geometry: Geometry
-    sigmas: tuple[float, ...]
+    levels: tuple[tuple[float, float], ...]
     seed: tuple[int, ...]
-    donors: dict[Site, torch.Tensor] = field(default_factory=dict)
+    donors: dict[Read, Any] = field(default_factory=dict)
     recorded_x0_hat: list[torch.Tensor] = field(default_factory=list)
     x0_hat: torch.Tensor | None = None
     latents_before: torch.Tensor | None = None
     previous_prediction: torch.Tensor | None = None
+    previous_outputs: dict[Branch, torch.Tensor] = field(default_factory=dict)
 
     def generator(self, purpose: str, *coordinates: int) -> np.random.Generator:
         """Return a generator seeded by the sample, the purpose and coordinates, never by worker or order."""
@@ -83,7 +128,7 @@ class Intervention(BaseModel):
 
     Class attributes
     ----------------
-    formula : the definition, for docs and store attributes.
+    formula : the definition in one line, for listings, docs and store attributes.
     example : a YAML fragment for an experiment of this kind.
     """
 
@@ -101,11 +146,6 @@ class Intervention(BaseModel):
         return getattr(self, "run", "clean")
 
     @property
-    def donor(self) -> RunName | None:
-        """The run whose activations are written, None if the intervention needs none."""
-        return None
-
-    @property
     def schedule(self) -> Schedule | None:
         """A change of the step list that all rows of a forward must share, or None."""
         return None
@@ -115,19 +155,46 @@ class Intervention(BaseModel):
         return min(p.step for p in self.points(geometry))
 
     def points(self, geometry: Geometry) -> tuple[Point, ...]:
-        """Return every point of the run at which ``apply`` must be called."""
+        """Return every point of the run at which the engine must come to this intervention."""
         raise NotImplementedError
 
-    def donor_sites(self, geometry: Geometry) -> tuple[Site, ...]:
-        """Return the sites whose donor activations ``apply`` reads."""
+    def reads(self, geometry: Geometry) -> tuple[Read, ...]:
+        """Return every donor value that ``apply`` needs."""
         return ()
 
-    def apply(self, point: Point, value: torch.Tensor, context: RowContext) -> torch.Tensor:
+    def apply(self, point: Point, value: Any, context: RowContext) -> Any:
         """Return the new value of one row at ``point``; must not write into ``value``.
 
-        ``value`` is (C, F, H, W) for latents and predictions and (tokens, channels) for a site.
+        ``value`` is (C, F, H, W) for latents and predictions, (tokens, channels) for a site, the row of the
+        denoiser's output in its own layout for an output, and a mapping of tensors for a prompt.
         """
         raise NotImplementedError
+
+    def program(self, point: BlockAt) -> tuple[int, ...]:
+        """Return the blocks that run in the place of block ``point.block``: none skips it, twice itself repeats it."""
+        return (point.block,)
+
+    def cut(self, point: AttentionAt, geometry: Geometry) -> tuple[Edges, ...]:
+        """Return the attention edges that are removed at ``point``."""
+        return ()
+
+    def check(self, geometry: Geometry) -> None:
+        """Check that everything this intervention names exists.
+
+        Raises
+        ------
+        NoSuchSiteError : it does not; the message says what there is.
+        """
+        edit = self.schedule
+        if edit is not None and edit.edit not in geometry.edits:
+            raise NoSuchSiteError(
+                f"{geometry.solver or 'this solver'} does not allow the schedule edit {edit.edit!r}: it keeps a "
+                f"history of steps or derives their size. It allows {', '.join(geometry.edits) or 'none'}."
+            )
+        for point in self.points(geometry):
+            geometry.require(point)
+        for read in self.reads(geometry):
+            geometry.require(read.point)
 
 
 KINDS: dict[str, type[Intervention]] = {}
@@ -151,32 +218,29 @@ def register(kind: str) -> Callable[[T], T]:
     return add
 
 
-def index_fields(cls: type[Intervention]) -> dict[str, str]:
+def index_fields(cls: type[BaseModel]) -> dict[str, Indexes]:
     """Map each index field of a kind to the coordinate it runs along."""
-    found: dict[str, str] = {}
+    found: dict[str, Indexes] = {}
     for name, info in cls.model_fields.items():
         for mark in _marks(info.annotation, info.metadata):
-            found[name] = mark.coordinate
+            found[name] = mark
     return found
 
 
-def _marks(annotation: Any, metadata: list[Any]) -> list[Indexes]:
+def _marks(annotation: Any, metadata: Sequence[Any]) -> list[Indexes]:
     marks = [m for m in metadata if isinstance(m, Indexes)]
     for inner in getattr(annotation, "__args__", ()):
         marks += _marks(inner, list(getattr(inner, "__metadata__", ())))
     return marks
 
 
-def sites_at(
-    step: int, layer: int, component: Any, geometry: Geometry, branch: Branch | str = "both"
-) -> tuple[Site, ...]:
-    """Return the sites of one component at one step in the asked guidance branches."""
-    branches = geometry.branches if branch == "both" else (branch,)
-    return tuple(Site(step, b, layer, component) for b in branches)  # type: ignore[arg-type]
+def window(start: int, length: int, extent: int, what: str) -> range:
+    """Return ``length`` consecutive indices from ``start``.
 
-
-def over_frames(
-    value: torch.Tensor, geometry: Geometry, change: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """Apply ``change`` to a token sequence seen as (frames, tokens per frame, channels)."""
-    return change(value.unflatten(0, (geometry.frames, -1))).flatten(0, 1)
+    Raises
+    ------
+    NoSuchSiteError : the window reaches beyond the last index.
+    """
+    if start + length > extent:
+        raise NoSuchSiteError(f"{length} {what}s from {what} {start} reach beyond the last, {what} {extent - 1}")
+    return range(start, start + length)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from interventions.engine import Engine, Record, RunInputs
+from interventions.engine import Engine
 from interventions.kinds.patch import Patch
+from interventions.record import Record, RunInputs
 
 STEPS = 2
 """Solver steps of the runs that the controls make."""

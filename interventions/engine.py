@@ -3,93 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import nnsight
 import torch
 from torch import nn
 
-from interventions.base import Intervention, RowContext, Schedule
+from interventions.attention import AttentionTap
+from interventions.base import Intervention, RunRef
 from interventions.families.family import Family
-from interventions.sites import Geometry, LatentsAt, PredictionAt, RunName, Site, in_forward_order
-from interventions.solver import SolverTap, clean_estimate
+from interventions.record import Fork, Record, RunInputs
+from interventions.run import Gradient, Run, capturing, forking, recording
+from interventions.sites import Geometry, LatentsAt, OutputAt, PredictionAt, PromptAt, Site
+from interventions.solver import SolverTap
+from interventions.solvers import clean_estimate
+from interventions.sources import contexts_of
+from interventions.streams import from_canonical, gather, main_tensor, to_canonical, with_main_tensor
+from interventions.visit import BlockVisitor
 
 
 class EngineError(RuntimeError):
     """A run did not do what its plan says; its results must not be used."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunInputs:
-    """The inputs of the runs of one sample.
-
-    Attributes
-    ----------
-    shared : keyword arguments of the pipeline call that are equal for all runs (image, size, steps, guidance).
-    per_run : tensors with one row a run, in the order of ``names`` (``latents`` and ``prompt_embeds`` at least).
-    names : the runs, usually ("clean", "corrupted").
-    seed : integers that identify the sample, for every draw an intervention makes.
-    """
-
-    shared: Mapping[str, Any]
-    per_run: Mapping[str, torch.Tensor]
-    names: tuple[RunName, ...]
-    seed: tuple[int, ...]
-
-    def rows(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Gather one row of every per-run tensor for each index."""
-        return {name: value[list(indices)] for name, value in self.per_run.items()}
-
-
-@dataclass(slots=True, kw_only=True)
-class Record:
-    """What a recorded batch of runs leaves behind: latent-sized tensors only.
-
-    Attributes
-    ----------
-    outputs : denoiser output of every call, (runs, C, F, H, W) each.
-    x0_hat : clean estimate at each step; steps tensors.
-    sigmas : noise level entering each step, then the final 0; steps + 1 values.
-    final : what the pipeline returned, (runs, C, F, H, W).
-    """
-
-    inputs: RunInputs
-    geometry: Geometry
-    sigmas: tuple[float, ...]
-    outputs: list[torch.Tensor]
-    x0_hat: list[torch.Tensor]
-    final: torch.Tensor
-
-    def row(self, run: RunName) -> int:
-        """Return the batch row of a run."""
-        return self.inputs.names.index(run)
-
-
-@dataclass(slots=True, kw_only=True)
-class Fork:
-    """Results of a batch of intervened rows.
-
-    Attributes
-    ----------
-    final : what the pipeline returned, (rows, C, F, H, W).
-    x0_hat : clean estimate of every loop iteration by its step, if asked for.
-    fired : edits made, always equal to the number planned.
-    """
-
-    final: torch.Tensor
-    x0_hat: dict[int, torch.Tensor]
-    fired: int
-
-
 class _TracedPipeline(nn.Module):
-    """The pipeline as one module: its denoiser, and identity taps where the loop meets the solver."""
+    """The pipeline as one module: its denoisers, and identity taps where the loop meets the solver."""
 
-    def __init__(self, pipe: Any, denoiser: str) -> None:
+    def __init__(self, pipe: Any, denoisers: Sequence[str]) -> None:
         super().__init__()
-        self.denoiser = getattr(pipe, denoiser)
+        for name in denoisers:
+            if getattr(pipe, name, None) is not None:
+                setattr(self, name, getattr(pipe, name))
         self.clock, self.prediction, self.stepped = nn.Identity(), nn.Identity(), nn.Identity()
         # Not registered: nnsight would wrap every encoder and codec that the loop never touches.
         object.__setattr__(self, "pipe", pipe)
@@ -104,31 +50,6 @@ class _TracedPipeline(nn.Module):
         return pipe(**kwargs, output_type="latent", return_dict=False)[0]
 
 
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """One traced run as data: what to replay, what to edit, what to keep."""
-
-    geometry: Geometry
-    order: list[int]
-    sigmas: tuple[float, ...]
-    replayed_loops: int = 0
-    replay: list[torch.Tensor] = field(default_factory=list)
-    sites: dict[int, list[Site]] = field(default_factory=dict)
-    latents_at: dict[int, list[int]] = field(default_factory=dict)
-    prediction_at: dict[int, list[int]] = field(default_factory=dict)
-    rows_at: dict[Site, list[int]] = field(default_factory=dict)
-    rows: list[Intervention] = field(default_factory=list)
-    contexts: list[RowContext] = field(default_factory=list)
-    captured: dict[Site, torch.Tensor] | None = None
-    stop_after_loop: int | None = None
-    keep_x0_hat: bool = False
-    record: bool = False
-    outputs: list[torch.Tensor] = field(default_factory=list)
-    x0_hat: dict[int, torch.Tensor] = field(default_factory=dict)
-    fired: int = 0
-    finished: bool = False
-
-
 class Engine:
     """Host one pipeline; record its runs and fork intervened ones. One engine a process: it is not thread-safe.
 
@@ -136,14 +57,20 @@ class Engine:
     ----------
     pipe : a diffusers pipeline of the family. It stays usable; ``release`` undoes the scheduler wrap.
     family : the adapter that says where things are.
+
+    Raises
+    ------
+    UnsupportedSolverError : the pipeline's scheduler is not understood.
     """
 
     def __init__(self, pipe: Any, family: Family) -> None:
         pipe.set_progress_bar_config(disable=True)
         self.pipe, self.family = pipe, family
-        self._root = _TracedPipeline(pipe, family.denoiser)
+        self._root = _TracedPipeline(pipe, family.denoisers)
         self.solver = SolverTap(pipe.scheduler, self._root.prediction, self._root.stepped)
         self._model = nnsight.NNsight(self._root)
+        self._attention = AttentionTap()
+        self._latent_shape = (0, 0, 0)
 
     def release(self) -> None:
         """Take the wrap off the pipeline's scheduler."""
@@ -153,37 +80,39 @@ class Engine:
         """Run the pipeline with nothing of ours in its loop and return the final latents, one row a run."""
         self.solver.release()
         try:
-            kwargs = {**inputs.shared, **inputs.rows(range(len(inputs.names)))}
+            kwargs = self._arguments(inputs, range(len(inputs.names)))
             final: torch.Tensor = self.pipe(**kwargs, output_type="latent", return_dict=False)[0]
         finally:
             self.solver.attach()
-        return final
+        return self._final(final, inputs)
 
     def geometry(self, inputs: RunInputs) -> Geometry:
         """Return the extent of a run on these inputs."""
-        latents = inputs.per_run["latents"]
         pipeline_config = {**self.pipe.config, "_class_name": type(self.pipe).__name__}
         return self.family.geometry(
             pipeline_config,
             getattr(self.pipe, self.family.denoiser).config,
+            scheduler=self._bare_scheduler(),
             steps=int(inputs.shared["num_inference_steps"]),
-            guidance_scale=float(inputs.shared.get("guidance_scale", 1.0)),
-            latent_shape=(latents.shape[2], latents.shape[3], latents.shape[4]),
+            guidance=self.family.guidance(inputs.shared),
+            latent_shape=self._extent(inputs),
         )
 
     def record(self, inputs: RunInputs) -> Record:
         """Run all runs of a sample as one batch without intervention and keep what forks need."""
-        geometry = self.geometry(inputs)
-        run = _Run(geometry=geometry, order=list(range(geometry.steps)), sigmas=(), record=True, keep_x0_hat=True)
-        everyone = range(len(inputs.names))
-        final = self._trace(run, {**inputs.shared, **inputs.rows(everyone)})
+        run = recording(self.geometry(inputs), len(inputs.names))
+        kwargs = self._arguments(inputs, range(run.rows))
+        final = self._trace(run, inputs, kwargs)
         return Record(
             inputs=inputs,
-            geometry=geometry,
-            sigmas=run.sigmas,
+            geometry=run.geometry,
+            levels=run.levels,
             outputs=run.outputs,
-            x0_hat=[run.x0_hat[s] for s in range(geometry.steps)],
+            latents=run.latents,
+            x0_hat=[run.x0_hat[s] for s in range(run.geometry.steps)],
+            conditioning=run.conditioning,
             final=final,
+            entry_scale=self._entry_scale(inputs, run.latents[0]),
         )
 
     def capture(
@@ -196,29 +125,52 @@ class Engine:
         sites : sites of ``step`` only.
         rows : recorded runs to capture, as rows of the record; row i of a result is run ``rows[i]``.
         """
-        geometry = record.geometry
-        for site in sites:
-            geometry.require(site)
-        run = _Run(
-            geometry=geometry,
-            order=list(range(geometry.steps)),
-            sigmas=record.sigmas,
-            replayed_loops=step,
-            replay=[out[list(rows)] for out in record.outputs[: step * len(geometry.branches)]],
-            sites={step: in_forward_order(set(sites), geometry.branches)},
-            captured={},
-            stop_after_loop=step,
-        )
-        self._trace(run, {**record.inputs.shared, **record.inputs.rows(rows)})
+        run = capturing(record, step, sites, rows)
+        self._trace(run, record.inputs, self._arguments(record.inputs, rows))
         assert run.captured is not None
         if missing := set(sites) - set(run.captured):
             raise EngineError(f"donor activations were not reached at {sorted(missing)}")
         return run.captured
 
-    def fork(self, record: Record, rows: Sequence[Intervention], *, keep_x0_hat: bool = False) -> Fork:
+    def gradients(self, record: Record, step: int, sites: Sequence[Site], objective: Callable[..., Any]) -> Gradient:
+        """Return activations at sites of one step and the gradient of an objective of that step's clean estimate.
+
+        One forward of the recorded runs as a batch and one backward through it.
+
+        Parameters
+        ----------
+        objective : from the clean estimates (runs, C, F, H, W) to a scalar tensor.
+        """
+        run = capturing(record, step, sites, range(len(record.inputs.names)))
+        run.captured, run.gradient = None, Gradient()
+        with torch.enable_grad():
+            self._trace(run, record.inputs, self._arguments(record.inputs, range(run.rows)))
+            assert run.gradient.x0_hat is not None
+            leaves = run.gradient.leaves
+            found = torch.autograd.grad(objective(run.gradient.x0_hat), list(leaves.values()), allow_unused=True)
+        zeros = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
+        run.gradient.leaves = {
+            key: zeros[key] if gradient is None else gradient
+            for key, gradient in zip(leaves, found, strict=True)
+        }
+        run.gradient.x0_hat = run.gradient.x0_hat.detach()
+        return run.gradient
+
+    def fork(
+        self,
+        record: Record,
+        rows: Sequence[Intervention],
+        *,
+        keep_x0_hat: bool = False,
+        others: Callable[[RunRef], Record] | None = None,
+    ) -> Fork:
         """Run a batch of rows, each with its own intervention, from the first step that any of them changes.
 
         Steps before that replay the recorded denoiser outputs, which is exact because the solver still runs.
+
+        Parameters
+        ----------
+        others : the record that holds a run of another sample or seed, for interventions that read such runs.
 
         Raises
         ------
@@ -228,86 +180,30 @@ class Engine:
         schedules = {row.schedule for row in rows}
         if len(schedules) != 1:
             raise ValueError(f"rows of one fork must share their schedule edit, got {sorted(map(str, schedules))}")
-        schedule = next(iter(schedules))
-        geometry = record.geometry
-        run = self._plan_fork(record, list(rows), schedule)
+        run = forking(record, rows, next(iter(schedules)))
+        run.contexts = contexts_of(self.capture, record, rows, others)
         run.keep_x0_hat = keep_x0_hat
-        planned = sum(len(r) for at in (run.rows_at, run.latents_at, run.prediction_at) for r in at.values())
-        recipients = [record.row(row.recipient) for row in rows]
-        kwargs = {**record.inputs.shared, **record.inputs.rows(recipients)}
-        kwargs["latents"] = self._edit_latents(run, 0, kwargs["latents"])
-        final = self._trace(run, kwargs, schedule)
-        if run.fired != planned:
-            raise EngineError(f"{planned} edits were planned, {run.fired} happened (steps {geometry.steps})")
+        kwargs = self._arguments(record.inputs, [record.row(row.recipient) for row in rows])
+        if run.edits.get(LatentsAt(0)):
+            kwargs["latents"] = self._edited_entry(run, record, kwargs["latents"])
+        final = self._trace(run, record.inputs, kwargs)
+        if run.fired != run.planned:
+            raise EngineError(
+                f"{run.planned} edits were planned, {run.fired} happened (steps {record.geometry.steps})"
+            )
         return Fork(final=final, x0_hat=run.x0_hat, fired=run.fired)
 
-    def _plan_fork(self, record: Record, rows: list[Intervention], schedule: Schedule | None) -> _Run:
-        geometry = record.geometry
-        first = min(geometry.steps, *(row.first_computed_step(geometry) for row in rows))
-        order = list(range(geometry.steps))
-        replayed = first
-        if schedule is not None and schedule.edit == "drop":
-            order.remove(schedule.step)
-            replayed = schedule.step
-        elif schedule is not None:
-            order = order[: schedule.step + 1] + order[schedule.step :]
-        recipients = [record.row(row.recipient) for row in rows]
-        run = _Run(
-            geometry=geometry,
-            order=order,
-            sigmas=record.sigmas,
-            replayed_loops=replayed,
-            replay=[out[recipients] for out in record.outputs[: replayed * len(geometry.branches)]],
-            rows=rows,
-        )
-        for i, row in enumerate(rows):
-            for point in row.points(geometry):
-                if isinstance(point, LatentsAt):
-                    run.latents_at.setdefault(point.step, []).append(i)
-                elif isinstance(point, PredictionAt):
-                    run.prediction_at.setdefault(point.step, []).append(i)
-                else:
-                    run.rows_at.setdefault(point, []).append(i)
-        for site in in_forward_order(run.rows_at, geometry.branches):
-            geometry.require(site)
-            run.sites.setdefault(site.step, []).append(site)
-        run.contexts = self._contexts(record, rows)
-        return run
-
-    def _contexts(self, record: Record, rows: list[Intervention]) -> list[RowContext]:
-        wanted: dict[int, set[Site]] = defaultdict(set)
-        for row in rows:
-            for site in row.donor_sites(record.geometry):
-                wanted[site.step].add(site)
-        everyone = range(len(record.inputs.names))
-        captured: dict[Site, torch.Tensor] = {}
-        for step, sites in sorted(wanted.items()):
-            captured |= self.capture(record, step, sorted(sites), everyone)
-        contexts = []
-        for row in rows:
-            r = record.row(row.recipient)
-            donors = {}
-            if row.donor is not None:
-                d = record.row(row.donor)
-                donors = {site: captured[site][d] for site in row.donor_sites(record.geometry)}
-            contexts.append(
-                RowContext(
-                    geometry=record.geometry,
-                    sigmas=record.sigmas,
-                    seed=record.inputs.seed,
-                    donors=donors,
-                    recorded_x0_hat=[x[r] for x in record.x0_hat],
-                )
-            )
-        return contexts
-
-    def _trace(self, run: _Run, kwargs: dict[str, Any], schedule: Schedule | None = None) -> torch.Tensor:
-        self.solver.start(schedule)
+    def _trace(self, run: Run, inputs: RunInputs, kwargs: dict[str, Any]) -> torch.Tensor:
+        self.solver.start(run.schedule)
+        self._latent_shape = self._extent(inputs)
         result = torch.empty(0)
         try:
-            with warnings.catch_warnings():
+            with ExitStack() as stack:
                 # nnsight only warns when requests outrun the model, and then silently skips what follows them.
+                stack.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("error", message=".*was never reached.*")
+                if any(block.cuts for blocks in run.work.values() for block in blocks.values()):
+                    stack.enter_context(self._attention)
                 with self._model.trace(**kwargs) as tracer:
                     for _ in tracer.iter[[1]]:
                         self._follow(run, tracer)
@@ -318,90 +214,182 @@ class Engine:
             self.solver.start(None)
         if not run.finished:
             raise EngineError("the trace ended before its plan did")
-        return result
+        return result if run.stop_after_loop is not None else self._final(result, inputs)
 
-    def _follow(self, run: _Run, tracer: Any) -> None:
+    def _follow(self, run: Run, tracer: Any) -> None:
         """Walk through a run inside the trace, requesting values strictly in the order the model reaches them."""
         _ = self._model.clock.output
         for loop, step in enumerate(run.order):
-            for branch in run.geometry.branches:
-                # Parks until this very call begins: without it, a second request for the location served last
-                # would be answered by the call before.
-                _ = self._model.denoiser.inputs
-                if loop < run.replayed_loops:
-                    call = loop * len(run.geometry.branches) + run.geometry.branches.index(branch)
-                    self._model.denoiser.skip((run.replay[call],))
-                else:
-                    self._denoiser_call(run, step, branch)
+            denoiser = getattr(self._model, run.geometry.denoiser(step))
+            for call in range(len(run.geometry.calls)):
+                self._denoiser_call(run, denoiser, loop, step, call)
             if run.stop_after_loop == loop:
                 self._check_in_step(loop)
+                if run.gradient is not None:
+                    prediction, latents = self._model.prediction.output
+                    run.gradient.x0_hat = self._estimate(run, step, latents, prediction)
                 run.finished = True
                 tracer.stop()
             self._solver_step(run, loop, step)
         run.finished = True
 
-    def _denoiser_call(self, run: _Run, step: int, branch: str) -> None:
-        entering: dict[int, torch.Tensor] = {}
-        sites = [site for site in run.sites.get(step, ()) if site.branch == branch]
-        updated = {site.block for site in sites if site.component == "update"}
-        for site in sites:
-            block = self._model.get(f"denoiser.{self.family.blocks}.{site.block}")
-            if site.block in updated and site.block not in entering:
-                entering[site.block] = block.input
-            if site.component in self.family.submodules:
-                self._at_site(run, site, block.get(self.family.submodules[site.component]), None)
-            else:
-                self._at_site(run, site, block, entering[site.block] if site.component == "update" else None)
-        if run.record:
-            run.outputs.append(self._model.denoiser.output[0])
-
-    def _at_site(self, run: _Run, site: Site, envoy: Any, entering: torch.Tensor | None) -> None:
-        """Read or edit one component; ``entering`` is the block's input where the component is its update."""
-        value = envoy.output
-        if run.captured is not None:
-            run.captured[site] = (value if entering is None else value - entering).clone()
+    def _denoiser_call(self, run: Run, denoiser: Any, loop: int, step: int, call: int) -> None:
+        # Parks until this very call begins: without it, a second request for the location served last would be
+        # answered by the call before.
+        args, kwargs = denoiser.inputs
+        if loop < run.replayed_loops:
+            recorded, rows = run.replay[loop * len(run.geometry.calls) + call]
+            denoiser.skip(self._edited_output(run, step, call, gather(recorded, rows)))
             return
-        new = value.clone()
-        for row in run.rows_at[site]:
-            old = value[row] if entering is None else value[row] - entering[row]
-            changed = run.rows[row].apply(site, old, run.contexts[row])
-            # The difference form keeps an unchanged update an exact identity.
-            new[row] = changed if entering is None else value[row] + (changed - old)
-            run.fired += 1
-        envoy.output = new
+        if run.record and loop == 0:
+            self._keep_conditioning(run, call, kwargs)
+        for branch in run.geometry.calls[call]:
+            if rows := run.edits.get(PromptAt(step, branch)):
+                kwargs = self._edited_prompt(run, PromptAt(step, branch), rows, kwargs)
+                denoiser.inputs = (args, kwargs)
+        if work := run.work.get((step, call)):
+            if run.gradient is not None:
+                # The pipeline runs under no_grad, which its own decorator restores at its end.
+                torch.set_grad_enabled(True)
+            prompt = kwargs.get(self.family.conditioning[0])
+            length = None if prompt is None else int(prompt.shape[1])
+            visitor = BlockVisitor(denoiser, self.family, run, step, call, self._attention, length)
+            for block in sorted(work):
+                visitor.visit(block, work[block])
+        edited = any(OutputAt(step, branch) in run.edits for branch in run.geometry.calls[call])
+        if run.record or edited or run.contexts:
+            output = denoiser.output
+            if run.record:
+                run.outputs.append(output)
+            new = self._edited_output(run, step, call, output)
+            if edited:
+                denoiser.output = new
 
-    def _solver_step(self, run: _Run, loop: int, step: int) -> None:
+    def _edited_output(self, run: Run, step: int, call: int, output: Any) -> Any:
+        """Return a denoiser's output after the edits of its branches, and remember it as the latest of each row."""
+        tensor = main_tensor(output) if run.contexts else None
+        if tensor is None:
+            return output
+        for branch in run.geometry.calls[call]:
+            for i in run.edits.get(OutputAt(step, branch), ()):
+                tensor = tensor.clone()
+                at = run.row_of(branch, i)
+                tensor[at] = run.edit(OutputAt(step, branch), i, tensor[at])
+            for i, context in enumerate(run.contexts):
+                context.previous_outputs[branch] = tensor[run.row_of(branch, i)]
+        return with_main_tensor(output, tensor)
+
+    def _keep_conditioning(self, run: Run, call: int, kwargs: dict[str, Any]) -> None:
+        for k, branch in enumerate(run.geometry.calls[call]):
+            rows = slice(k * run.rows, (k + 1) * run.rows)
+            run.conditioning[branch] = {
+                name: kwargs[name][rows] for name in self.family.conditioning if kwargs.get(name) is not None
+            }
+
+    def _edited_prompt(self, run: Run, point: PromptAt, rows: list[int], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = [name for name in self.family.conditioning if kwargs.get(name) is not None]
+        changed = {name: kwargs[name].clone() for name in names}
+        for i in rows:
+            at = run.row_of(point.branch, i)
+            for name, value in run.edit(point, i, {name: changed[name][at] for name in names}).items():
+                changed[name][at] = value
+        return {**kwargs, **changed}
+
+    def _solver_step(self, run: Run, loop: int, step: int) -> None:
         prediction, latents = self._model.prediction.output
         self._check_in_step(loop)
-        for i in run.prediction_at.get(step, ()):
-            prediction = prediction.clone()
-            prediction[i] = run.rows[i].apply(PredictionAt(step), prediction[i], run.contexts[i])
+        if run.record and loop == 0:
+            self._check_levels(run)
+        if rows := run.edits.get(PredictionAt(step)):
+            seen = self._canonical(prediction).clone()
+            for i in rows:
+                seen[i] = run.edit(PredictionAt(step), i, seen[i])
+            prediction = from_canonical(seen, self.family.latent_layout)
             self._model.prediction.output = (prediction, latents)
-            run.fired += 1
-        sigma = run.sigmas[step] if run.sigmas else self.solver.sigmas[step]
-        estimate = clean_estimate(latents, prediction, sigma)
+        estimate = self._estimate(run, step, latents, prediction)
+        entering, given = self._canonical(latents), self._canonical(prediction)
         for i, context in enumerate(run.contexts):
-            context.x0_hat, context.latents_before = estimate[i], latents[i]
-            context.previous_prediction = prediction[i]
+            context.x0_hat, context.latents_before, context.previous_prediction = estimate[i], entering[i], given[i]
         if run.keep_x0_hat:
             run.x0_hat[step] = estimate
         following = run.order[loop + 1] if loop + 1 < len(run.order) else run.geometry.steps
         stepped = self._model.stepped.output
-        if run.latents_at.get(following):
-            self._model.stepped.output = self._edit_latents(run, following, stepped)
-        if run.record and following == run.geometry.steps:
-            run.sigmas = self.solver.sigmas
+        if rows := run.edits.get(LatentsAt(following)):
+            seen = self._canonical(stepped).clone()
+            for i in rows:
+                seen[i] = run.edit(LatentsAt(following), i, seen[i])
+            edited = from_canonical(seen, self.family.latent_layout)
+            self.solver.carry(edited - stepped)
+            self._model.stepped.output = edited
+        if run.record:
+            run.latents.append(entering)
+            if following == run.geometry.steps:
+                run.latents.append(self._canonical(stepped))
+
+    def _estimate(self, run: Run, step: int, latents: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = run.levels[step]
+        return self._canonical(clean_estimate(self.solver.kind, latents, prediction, alpha, sigma))
 
     def _check_in_step(self, loop: int) -> None:
         """Refuse to go on if a request made out of the model's order was answered by a later step."""
         if self.solver.loops != loop:
-            raise EngineError(f"the trace is at iteration {self.solver.loops} of the loop, its plan at {loop}")
+            raise EngineError(
+                f"the trace is at iteration {self.solver.loops} of the loop, its plan at {loop}: "
+                f"the pipeline does not call its denoiser as family {self.family.name} declares"
+            )
 
-    def _edit_latents(self, run: _Run, step: int, latents: torch.Tensor) -> torch.Tensor:
-        if not run.latents_at.get(step):
-            return latents
-        edited = latents.clone()
-        for i in run.latents_at[step]:
-            edited[i] = run.rows[i].apply(LatentsAt(step), latents[i], run.contexts[i])
-            run.fired += 1
-        return edited
+    def _check_levels(self, run: Run) -> None:
+        """Refuse noise levels that differ from those the plan computed: every sigma of the results would be wrong."""
+        found = self.solver.levels
+        if len(found) != len(run.levels) or any(
+            abs(a - b) > 1e-4 for one, other in zip(found, run.levels, strict=True) for a, b in zip(one, other, strict=True)
+        ):
+            raise EngineError(
+                f"the run's noise levels are {[round(s, 4) for _, s in found]}, planned were "
+                f"{[round(s, 4) for _, s in run.levels]}: family {self.family.name} sets other steps than the pipeline"
+            )
+
+    def _edited_entry(self, run: Run, record: Record, latents: torch.Tensor) -> torch.Tensor:
+        scale = record.entry_scale
+        if scale is None:
+            raise EngineError("this pipeline changes the latents it is given, so those entering step 0 cannot be edited")
+        seen = self._canonical(latents).clone()
+        for i in run.edits[LatentsAt(0)]:
+            entering = seen[i] if scale == 1.0 else seen[i] * scale
+            edited = run.edit(LatentsAt(0), i, entering)
+            seen[i] = edited if scale == 1.0 else edited / scale
+        return from_canonical(seen, self.family.latent_layout)
+
+    def _entry_scale(self, inputs: RunInputs, entering: torch.Tensor) -> float | None:
+        given = self._canonical(inputs.per_run["latents"]).to(entering)
+        scale = float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0))
+        for factor in (1.0, scale):
+            if torch.allclose(given * factor, entering, rtol=1e-5, atol=1e-6):
+                return factor
+        return None
+
+    def _arguments(self, inputs: RunInputs, rows: Sequence[int]) -> dict[str, Any]:
+        """Return the pipeline's arguments for some rows; a solver that draws noise draws the same for each of them."""
+        kwargs = {**inputs.shared, **inputs.rows(rows)}
+        if self.solver.kind.stochastic:
+            seed = sum(part << (16 * i) for i, part in enumerate(inputs.seed)) % 2**63
+            kwargs["generator"] = [torch.Generator().manual_seed(seed) for _ in rows]
+        return kwargs
+
+    def _canonical(self, latents: torch.Tensor) -> torch.Tensor:
+        return to_canonical(latents, self.family.latent_layout, self._latent_shape)
+
+    def _final(self, result: torch.Tensor, inputs: RunInputs) -> torch.Tensor:
+        return to_canonical(result, self.family.final_layout or self.family.latent_layout, self._extent(inputs))
+
+    def _extent(self, inputs: RunInputs) -> tuple[int, int, int]:
+        latents = inputs.per_run["latents"]
+        if self.family.extent is not None:
+            return self.family.extent(self.pipe, inputs.shared, latents)
+        axes = {"CFHW": (2, 3, 4), "FCHW": (1, 3, 4), "FHWC": (1, 2, 3)}[self.family.latent_layout]
+        frames, height, width = (latents.shape[a] for a in axes)
+        return frames, height, width
+
+    def _bare_scheduler(self) -> Any:
+        """Return a scheduler of the pipeline's class and settings that carries none of our wrap."""
+        return type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)

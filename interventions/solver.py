@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -9,10 +10,7 @@ from typing import Any
 import torch
 
 from interventions.base import Schedule
-
-
-class UnsupportedSolverError(ValueError):
-    """The pipeline's scheduler is not one whose clean estimate and step list are understood."""
+from interventions.solvers import Steps, check_step_arguments, edit_schedule, levels, place, solver_of
 
 
 class SolverTap:
@@ -24,32 +22,27 @@ class SolverTap:
 
     Raises
     ------
-    UnsupportedSolverError : the scheduler is not a deterministic flow-matching Euler solver.
+    UnsupportedSolverError : the scheduler is of no class whose clean estimate and step list are understood.
     """
 
     def __init__(self, scheduler: Any, on_prediction: Callable[[Any], Any], on_stepped: Callable[[Any], Any]) -> None:
-        name = type(scheduler).__name__
-        if name != "FlowMatchEulerDiscreteScheduler" or scheduler.config.get("stochastic_sampling"):
-            # Others keep history, call the denoiser twice a step or draw noise, and each would need its own proof.
-            raise UnsupportedSolverError(
-                f"scheduler {name}{' with stochastic_sampling' if scheduler.config.get('stochastic_sampling') else ''} "
-                "is not supported. Use FlowMatchEulerDiscreteScheduler without stochastic_sampling."
-            )
         self.scheduler = scheduler
+        self.kind = solver_of(scheduler)
         self.schedule: Schedule | None = None
-        self.order: list[int] = []
-        """Position in the sigma table of each loop iteration."""
+        self._steps = Steps(order=())
+        """Where the scheduler must be at each loop iteration; empty without a schedule edit."""
         self.loops = 0
         """Solver steps taken so far in the current run."""
         self._on_prediction, self._on_stepped = on_prediction, on_stepped
         self._original_step = scheduler.step
         self._original_set_timesteps = scheduler.set_timesteps
+        self._step_signature = inspect.signature(self._original_step)
         self.attach()
 
     def attach(self) -> None:
         """Put the wrap on the scheduler."""
-        self.scheduler.step = MethodType(self._step, self.scheduler)
-        self.scheduler.set_timesteps = MethodType(self._set_timesteps, self.scheduler)
+        self.scheduler.step = _shown_as(self.scheduler, self._original_step, self._step)
+        self.scheduler.set_timesteps = _shown_as(self.scheduler, self._original_set_timesteps, self._set_timesteps)
 
     def release(self) -> None:
         """Give the scheduler its own methods back."""
@@ -57,51 +50,64 @@ class SolverTap:
 
     def start(self, schedule: Schedule | None) -> None:
         """Prepare for one run with a schedule edit, or None for the scheduler's own schedule."""
-        self.schedule, self.loops = schedule, 0
+        self.schedule, self.loops, self._steps = schedule, 0, Steps(order=())
 
     @property
-    def sigmas(self) -> tuple[float, ...]:
-        """Noise level entering each position of the table, and the final one; length positions + 1."""
-        return tuple(float(s) for s in self.scheduler.sigmas)
+    def levels(self) -> tuple[tuple[float, float], ...]:
+        """(alpha, sigma) of the latents entering each position of the table, then of the result."""
+        return levels(self.scheduler)
 
-    def _set_timesteps(self, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    def carry(self, difference: torch.Tensor) -> None:
+        """Make an edit of the latents that have just left a step last, where the solver would undo it.
+
+        UniPC's corrector computes the next latents anew from the ones before the step, x_t = (sigma_t / sigma_s) x_s
+        + terms without x (Zhao et al. 2023, arXiv 2302.04867, eq. 9 with data prediction), so an edit of x_t lasts
+        as the difference it makes if sigma_s / sigma_t times it is added to x_s.
+
+        Parameters
+        ----------
+        difference : edited minus original latents, in the loop's layout.
+        """
+        scheduler = self.scheduler
+        if getattr(scheduler, "last_sample", None) is None:
+            return
+        before, now = (self.levels[scheduler.step_index - k][1] for k in (1, 0))
+        if now > 0:
+            scheduler.last_sample = scheduler.last_sample + difference.to(scheduler.last_sample) * (before / now)
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         self._original_set_timesteps(*args, **kwargs)
         self.loops = 0
-        self.order = list(range(len(scheduler.timesteps)))
-        if self.schedule is None:
-            return
-        s = self.schedule.step
-        if self.schedule.edit == "drop":
-            keep = [i for i in range(len(scheduler.sigmas)) if i != s]
-            scheduler.timesteps = scheduler.timesteps[keep[:-1]]
-            scheduler.sigmas = scheduler.sigmas[keep]
-            self.order = self.order[:-1]
-        else:
-            self.order = self.order[: s + 1] + self.order[s:]
-            scheduler.timesteps = scheduler.timesteps[self.order]
-
-    def _step(
-        self,
-        scheduler: Any,
-        model_output: torch.Tensor,
-        timestep: Any,
-        sample: torch.Tensor,
-        *args: Any,
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        model_output, sample = self._on_prediction((model_output, sample))
         if self.schedule is not None:
-            # A repeated timestep is ambiguous to the scheduler's own look-up, so its position is set explicitly.
-            scheduler._step_index = self.order[self.loops]
+            edit = self.schedule
+            self._steps = edit_schedule(self.scheduler, self.kind, edit.edit, edit.step, edit.other)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._step_signature.bind(*args, **kwargs)
+        given = call.arguments
+        check_step_arguments(self.kind, given)
+        name = self.kind.prediction_keyword or "model_output"
+        if given.get(name) is None:
+            # Only converts a model output; the pipeline takes the step back and calls again.
+            return self._original_step(*args, **kwargs)
+        given[name], given["sample"] = self._on_prediction((given[name], given["sample"]))
+        with place(self.scheduler, self._steps, self.loops):
+            result = self._original_step(*call.args, **call.kwargs)
         self.loops += 1
-        result = self._original_step(model_output, timestep, sample, *args, return_dict=False, **kwargs)
-        stepped = self._on_stepped(result[0])
-        if return_dict:
-            raise UnsupportedSolverError("the pipeline asked its scheduler for a dict; only the tuple form is wrapped")
-        return (stepped, *result[1:])
+        if isinstance(result, tuple):
+            return (self._on_stepped(result[0]), *result[1:])
+        result.prev_sample = self._on_stepped(result.prev_sample)
+        return result
 
 
-def clean_estimate(latents: torch.Tensor, prediction: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Return x0_hat = x - sigma v, the clean estimate on the linear path x = (1 - sigma) x0 + sigma eps."""
-    return latents - sigma * prediction
+def _shown_as(scheduler: Any, original: Any, wrap: Callable[..., Any]) -> MethodType:
+    """Return a method that pipelines take for ``original``: they look at its parameters to decide what to pass."""
+
+    plain = getattr(original, "__func__", lambda owner, *args, **kwargs: original(*args, **kwargs))
+
+    def call(owner: Any, *args: Any, **kwargs: Any) -> Any:
+        # LTX-2 steps its audio with a deep copy, whose methods are bound to the copy and must act on it alone.
+        return wrap(*args, **kwargs) if owner is scheduler else plain(owner, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    return MethodType(call, scheduler)

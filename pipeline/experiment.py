@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from interventions import kinds as _kinds  # noqa: F401  (registers every kind)
-from interventions.base import KINDS, Intervention, index_fields
-from interventions.sites import Geometry
+from interventions.base import KINDS, Indexes, Intervention, index_fields
+from interventions.sites import Geometry, NoSuchSiteError
 from pipeline.yaml_source import Loc
 
 _SLICE = re.compile(r"^(-?\d*):(-?\d*)(?::0*([1-9]\d*))?$")
@@ -59,9 +59,9 @@ class Experiment:
         axes: list[tuple[str, tuple[Any, ...]]] = []
         for name, values in self.axes:
             if isinstance(values, str):
-                values = _resolve(values, geometry.indices(fields[name]))
+                values = _resolve(values, self._starts(name, geometry))
                 if not values:
-                    problems.append(((name,), f"selects nothing of {_range(geometry, fields[name])}"))
+                    problems.append(((name,), f"selects nothing of {_range(geometry, fields[name].coordinate)}"))
             axes.append((name, tuple(values)))
         for name, values in [*axes, *((n, (v,)) for n, v in self.fixed)]:
             problems += _out_of_range(name, values, fields, geometry)
@@ -71,6 +71,15 @@ class Experiment:
         if problems:
             raise ExperimentError([(("experiments", self.name, *loc), text) for loc, text in problems])
         return grid
+
+
+    def _starts(self, name: str, geometry: Geometry) -> tuple[int, ...]:
+        """Return the indices at which "all" starts: those from which the longest window stays inside."""
+        mark = index_fields(self.cls)[name]
+        given = dict(self.fixed).get(mark.window, 1)
+        longest = max([given, *dict(self.axes).get(mark.window, ())])
+        indices = geometry.indices(mark.coordinate)
+        return indices[: max(0, len(indices) - longest + 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +123,13 @@ class Grid:
         found: dict[str, Problem] = {}
         for index in itertools.product(*(range(n) for n in self.shape)):
             try:
-                self.intervention(index)
+                self.intervention(index).check(self.geometry)
             except ValidationError as error:
                 for item in error.errors():
                     text = item["msg"].removeprefix("Value error, ")
                     found.setdefault(text, (tuple(item["loc"]), text))
+            except NoSuchSiteError as error:
+                found.setdefault("", ((), str(error)))
         return list(found.values())
 
 
@@ -232,7 +243,7 @@ def _resolve(text: str, indices: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(kept[:: stride or 1])
 
 
-def _out_of_range(name: str, values: Any, fields: dict[str, str], geometry: Geometry) -> list[Problem]:
+def _out_of_range(name: str, values: Any, fields: dict[str, Indexes], geometry: Geometry) -> list[Problem]:
     if name == "component":
         bad = [v for v in values if v not in geometry.components]
         return [((name,), unknown("component", v, geometry.components)) for v in bad]
@@ -245,9 +256,10 @@ def _out_of_range(name: str, values: Any, fields: dict[str, str], geometry: Geom
         ]
     if name not in fields:
         return []
-    legal = geometry.indices(fields[name])
+    coordinate = fields[name].coordinate
+    legal = geometry.indices(coordinate)
     return [
-        ((name,), f"{v} is out of range; this model and sampler have {_range(geometry, fields[name])}")
+        ((name,), f"{v} is out of range; this model and sampler have {_range(geometry, coordinate)}")
         for v in values
         if v is not None and v not in legal
     ]

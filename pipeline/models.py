@@ -13,6 +13,7 @@ from typing import Any
 from interventions import families as _families  # noqa: F401  (registers every family)
 from interventions.families.family import UnknownFamilyError, family_of
 from interventions.sites import Geometry
+from interventions.solvers import UnsupportedSolverError
 from pipeline.tasks.task import Sampler, Task
 
 _RUN_FILES = (".safetensors", ".json", ".model", ".txt")
@@ -43,15 +44,40 @@ class ModelInfo:
     fingerprint: str
     digest: str
 
+    def scheduler(self) -> Any:
+        """Return a scheduler of the model's class and settings.
+
+        Raises
+        ------
+        ModelError : its class is not one of diffusers'.
+        """
+        import diffusers
+
+        settings = _read_json(self.folder / "scheduler" / "scheduler_config.json")
+        cls = getattr(diffusers, str(settings.get("_class_name")), None)
+        if cls is None:
+            raise ModelError(f"{self.folder}/scheduler: diffusers has no scheduler {settings.get('_class_name')!r}.")
+        return cls.from_config(settings)
+
     def geometry(self, task: Task, sampler: Sampler) -> Geometry:
-        """Return the extent of a run of this model on a task."""
-        return family_of(self.pipeline_config["_class_name"]).geometry(
-            self.pipeline_config,
-            self.denoiser_config,
-            steps=sampler.steps,
-            guidance_scale=sampler.guidance_scale,
-            latent_shape=task.latent_shape(),
-        )
+        """Return the extent of a run of this model on a task.
+
+        Raises
+        ------
+        ModelError : the model's scheduler is not understood.
+        """
+        family = family_of(self.pipeline_config["_class_name"])
+        try:
+            return family.geometry(
+                self.pipeline_config,
+                self.denoiser_config,
+                scheduler=self.scheduler(),
+                steps=sampler.steps,
+                guidance=sampler.guidance_scale > 1,
+                latent_shape=task.latent_shape(),
+            )
+        except UnsupportedSolverError as error:
+            raise ModelError(f"model {self.id!r}: {error}") from error
 
 
 def resolve(model_id: str) -> Path:

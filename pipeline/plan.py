@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from interventions.base import Intervention
-from interventions.sites import RUNS, Geometry
+from interventions.run import loop_order, replayed_loops
+from interventions.sites import RUNS, Geometry, Site
 from pipeline.config import ConfigError, SweepConfig, format_problems, overridden_keys
 from pipeline.experiment import Experiment, ExperimentError, Grid, Problem, parse
 from pipeline.metrics.metric import METRICS, Metric
@@ -155,11 +156,16 @@ class Plan:
     def batch_forwards(self, rows: Sequence[Intervention]) -> int:
         """Return the denoiser row-forwards of one batch, donor captures included."""
         branches = len(self.geometry.branches)
-        captures = 2 * len({site.step for row in rows for site in row.donor_sites(self.geometry)})
+        sources = {
+            (read.point.step, (ref.sample, ref.seed, ref.fixed))
+            for row in rows
+            for read in row.reads(self.geometry)
+            if isinstance(read.point, Site)
+            for ref in read.source
+        }
         schedule = rows[0].schedule
-        first = min(self.geometry.steps, *(row.first_computed_step(self.geometry) for row in rows))
-        remaining = self.geometry.steps - first + (1 if schedule and schedule.edit == "repeat" else 0)
-        return branches * (captures + len(rows) * remaining)
+        loops = len(loop_order(schedule, self.geometry.steps)) - replayed_loops(rows, schedule, self.geometry)
+        return branches * (len(RUNS) * len(sources) + len(rows) * loops)
 
 
 def batch_rows(rows: Sequence[Intervention], geometry: Geometry, limit: int) -> list[list[int]]:

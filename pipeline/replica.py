@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from interventions.base import Intervention
 from interventions.controls import require_controls
-from interventions.engine import Engine, Record
+from interventions.engine import Engine
+from interventions.record import Record
 from interventions.families.family import family_of
 from interventions.sites import RUNS
 from pipeline.config import SweepConfig

@@ -412,19 +412,8 @@ def _write_samples(root: Any, plan: Plan) -> None:
     )
 
 
-def _sigmas(plan: Plan) -> list[float]:
-    """Noise level entering each step, from the model's own scheduler configuration."""
-    import diffusers
-
-    folder = plan.model.folder / "scheduler"
-    scheduler_class = getattr(diffusers, plan.model.pipeline_config["scheduler"][1])
-    scheduler = scheduler_class.from_pretrained(str(folder), local_files_only=True)
-    scheduler.set_timesteps(plan.geometry.steps)
-    return [float(s) for s in scheduler.sigmas[: plan.geometry.steps]]
-
-
 def _step_coordinates(group: Any, plan: Plan, steps: tuple[int, ...]) -> None:
-    sigmas = _sigmas(plan)
+    sigmas = [sigma for _, sigma in plan.geometry.levels]
     _put(group, "step", ("step",), np.asarray(steps, dtype=np.int64), long_name="solver step")
     _put(group, "sigma", ("step",), [sigmas[s] for s in steps], long_name="noise level entering the step", units="1")
     group.attrs["coordinates"] = "sigma"

@@ -18,11 +18,11 @@ class Noise(Intervention):
     ``path`` "off_path" replaces the latents by unit noise, which at low sigma lies far off the distribution that the
     model was trained on (the published "Noise at Step" and "Noise at Frame"). "on_path" re-noises the model's own
     clean estimate to the step's sigma, so the latents stay on the path and only the information that noise
-    destroys is lost.
+    destroys is lost. For a window of steps, a set of frames or a box there is ``latent_noise``.
     """
 
     formula: ClassVar[str] = (
-        "off_path: x_s <- eps; on_path: x_s <- (1 - sigma_s) x0_hat + sigma_s eps, x0_hat from step s (at step) "
+        "off_path: x_s <- eps; on_path: x_s <- alpha_s x0_hat + sigma_s eps, x0_hat from step s (at step) "
         "or from the step before (at frame)"
     )
     example: ClassVar[str] = "noise_step:\n  kind: noise\n  at: step\n  path: [off_path, on_path]\n  step: all"
@@ -51,13 +51,17 @@ class Noise(Intervention):
         step = point.step
         eps = context.noise_like(value, f"noise at {self.at}", step)
         if self.frame is None:
-            return self._mix(context.recorded_x0_hat[step], eps, context.sigmas[step])
+            return self._mix(context.recorded_x0_hat[step], eps, context.levels[step])
         estimate = context.x0_hat
-        # Before the first prediction sigma is at its maximum and there is no estimate: pure noise in both forms.
-        renoised = eps if estimate is None else self._mix(estimate, eps, context.sigmas[step])
+        # Before the first prediction there is no estimate, and on the path only the noise of the level is left.
+        estimate = torch.zeros_like(eps) if estimate is None else estimate
+        renoised = self._mix(estimate, eps, context.levels[step])
+        together = context.geometry.frame_patch
+        shown = slice(self.frame * together, (self.frame + 1) * together)
         out = value.clone()
-        out[:, self.frame] = renoised[:, self.frame]
+        out[:, shown] = renoised[:, shown]
         return out
 
-    def _mix(self, estimate: torch.Tensor, eps: torch.Tensor, sigma: float) -> torch.Tensor:
-        return eps if self.path == "off_path" else (1 - sigma) * estimate + sigma * eps
+    def _mix(self, estimate: torch.Tensor, eps: torch.Tensor, level: tuple[float, float]) -> torch.Tensor:
+        alpha, sigma = level
+        return eps if self.path == "off_path" else alpha * estimate + sigma * eps

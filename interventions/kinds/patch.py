@@ -1,4 +1,4 @@
-"""Activation patching: activations of the donor run written into the recipient run at one site."""
+"""Activation patching: activations of a donor run written into the recipient run."""
 
 from __future__ import annotations
 
@@ -7,25 +7,18 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from interventions.base import (
-    FrameIndex,
-    Intervention,
-    LayerIndex,
-    RowContext,
-    StepIndex,
-    register,
-    sites_at,
-)
-from interventions.sites import Branch, Component, Geometry, Point, RunName, Site
+from interventions.base import RowContext, RunRef, Source, register
+from interventions.hidden import HiddenIntervention
+from interventions.sites import RunName, Site
 
 
 @register("patch")
-class Patch(Intervention):
-    """Replace, or interpolate towards, the donor's activation of one component of one block at one step.
+class Patch(HiddenIntervention):
+    """Replace, or interpolate towards, the donor's activation of a component of a block at a step.
 
     ``direction`` "denoising" writes the clean run into the corrupted one (is the site sufficient?), "noising"
-    the corrupted into the clean (is it necessary?), "self" a run into itself (the negative control).
-    ``frame`` limits the patch to the tokens of one latent frame.
+    the corrupted into the clean (is it necessary?), "self" a run into itself (the negative control). ``donor_sample``
+    takes the donor from another sample, that many places further along the sweep: the wrong-pair control.
     """
 
     formula: ClassVar[str] = "h <- (1 - alpha) h_recipient + alpha h_donor, on the chosen component and tokens"
@@ -36,12 +29,8 @@ class Patch(Intervention):
 
     kind: Literal["patch"] = "patch"
     direction: Literal["denoising", "noising", "self"] = "denoising"
-    step: StepIndex
-    layer: LayerIndex
-    component: Component = "update"
-    frame: FrameIndex | None = None
-    branch: Branch | Literal["both"] = "both"
     alpha: Annotated[float, Field(ge=-1, le=2)] = 1.0
+    donor_sample: Annotated[int, Field(ge=0)] = 0
 
     @property
     def recipient(self) -> RunName:
@@ -53,22 +42,12 @@ class Patch(Intervention):
         """Corrupted when noising, else clean."""
         return "corrupted" if self.direction == "noising" else "clean"
 
-    def points(self, geometry: Geometry) -> tuple[Site, ...]:
-        """Return the site in each asked branch."""
-        return sites_at(self.step, self.layer, self.component, geometry, self.branch)
+    def sources(self) -> tuple[Source, ...]:
+        """Return the donor run."""
+        return ((RunRef(run=self.donor, sample=self.donor_sample),),)
 
-    def donor_sites(self, geometry: Geometry) -> tuple[Site, ...]:
-        """Return the same sites as ``points``."""
-        return self.points(geometry)
-
-    def apply(self, point: Point, value: torch.Tensor, context: RowContext) -> torch.Tensor:
+    def change(
+        self, point: Site, value: torch.Tensor, donors: tuple[torch.Tensor, ...], context: RowContext
+    ) -> torch.Tensor:
         """Interpolate to the donor; exact at alpha 0 and 1 because ``lerp`` is."""
-        assert isinstance(point, Site)
-        donor = context.donors[point].to(value.dtype)
-        if self.frame is None:
-            return torch.lerp(value, donor, self.alpha)
-        out = value.clone()
-        n = context.geometry.tokens_per_frame
-        tokens = slice(self.frame * n, (self.frame + 1) * n)
-        out[tokens] = torch.lerp(value[tokens], donor[tokens], self.alpha)
-        return out
+        return torch.lerp(value, donors[0], self.alpha)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from interventions.engine import RunInputs
+from interventions.record import RunInputs
 from pipeline.samples import Sample
 from pipeline.tasks import maze_world as world
 from pipeline.tasks.maze_score import held_out_maze

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from interventions.engine import RunInputs
+from interventions.record import RunInputs
 from pipeline.samples import Sample
 
 

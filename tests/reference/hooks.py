@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from interventions.base import Intervention, RowContext
-from interventions.engine import RunInputs
+from interventions.record import RunInputs
 from interventions.sites import Geometry
 
 Hook = Callable[[int, str, torch.Tensor], torch.Tensor | None]
@@ -107,7 +107,7 @@ class Loop:
 def recompute(pipe: Any, inputs: RunInputs, geometry: Geometry, cell: Intervention) -> torch.Tensor:
     """Return the final latents (1, C, F, H, W) of one cell."""
     row = inputs.names.index(cell.recipient)
-    context = RowContext(geometry=geometry, sigmas=(), seed=inputs.seed)
+    context = RowContext(geometry=geometry, levels=(), seed=inputs.seed)
     return RECIPES[cell.kind](Loop(pipe, inputs, geometry), row, cell, context)
 
 

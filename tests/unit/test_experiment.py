@@ -13,7 +13,7 @@ from interventions.sites import Geometry
 from pipeline.experiment import ExperimentError, Grid, parse, unknown
 
 GEOMETRY = Geometry(steps=4, blocks=6, frames=5, given_frames=1, height=2, width=2)
-GUIDED = Geometry(steps=4, blocks=6, frames=5, given_frames=0, height=2, width=2, branches=("cond", "uncond"))
+GUIDED = Geometry(steps=4, blocks=6, frames=5, given_frames=0, height=2, width=2, calls=(("cond",), ("uncond",)))
 PATCH = {"kind": "patch", "step": 0, "layer": 0}
 
 

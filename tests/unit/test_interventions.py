@@ -8,21 +8,44 @@ from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from interventions import kinds  # noqa: F401  (registers every kind)
-from interventions.base import KINDS, Intervention, RowContext, Schedule, index_fields, over_frames, register, sites_at
+from interventions.base import KINDS, Intervention, Read, RowContext, RunRef, Schedule, index_fields, register, window
+from interventions.hidden import by_frame
 from interventions.kinds.frame_shuffle import FrameShuffle
 from interventions.kinds.noise import Noise
 from interventions.kinds.patch import Patch
 from interventions.kinds.step_skip import StepSkip
-from interventions.sites import COMPONENTS, Geometry, LatentsAt, PredictionAt, Site, in_forward_order
+from interventions.sites import (
+    AttentionAt,
+    Geometry,
+    LatentsAt,
+    NoSuchSiteError,
+    PredictionAt,
+    Site,
+)
+from pipeline.experiment import parse
 
 GEOMETRY = Geometry(steps=4, blocks=3, frames=5, given_frames=1, height=2, width=3)
-GUIDED = Geometry(steps=4, blocks=3, frames=5, given_frames=1, height=2, width=3, branches=("cond", "uncond"))
+GUIDED = Geometry(steps=4, blocks=3, frames=5, given_frames=1, height=2, width=3, calls=(("cond",), ("uncond",)))
 SIGMAS = (1.0, 0.75, 0.5, 0.25, 0.0)
+RICH = Geometry(
+    steps=4,
+    blocks=3,
+    frames=5,
+    given_frames=1,
+    height=2,
+    width=3,
+    calls=(("cond",), ("uncond",)),
+    heads=4,
+    head_components=("attn1", "attn2"),
+    knockout=("attn1", "attn2"),
+)
+"""A model that has what every kind's example asks for."""
 CHANNELS, TOKENS = 4, GEOMETRY.frames * GEOMETRY.tokens_per_frame
 
 
@@ -36,7 +59,7 @@ def latents(offset: float = 0.0) -> torch.Tensor:
 
 
 def context(geometry: Geometry = GEOMETRY, seed: tuple[int, ...] = (7, 0), **given: object) -> RowContext:
-    return RowContext(geometry=geometry, sigmas=SIGMAS, seed=seed, **given)  # type: ignore[arg-type]
+    return RowContext(geometry=geometry, levels=tuple((1 - s, s) for s in SIGMAS), seed=seed, **given)  # type: ignore[arg-type]
 
 
 EVERY_KIND: list[Intervention] = [
@@ -54,16 +77,26 @@ EVERY_KIND: list[Intervention] = [
 ]
 
 
+def from_example(kind: str) -> Intervention:
+    """The first cell of a kind's own example."""
+    ((name, raw),) = yaml.safe_load(KINDS[kind].example).items()
+    return next(parse(name, raw).bind(RICH).interventions())
+
+
+EVERY_KIND += [from_example(kind) for kind in sorted(set(KINDS) - {i.kind for i in EVERY_KIND})]
+
+
 def name_of(intervention: Intervention) -> str:
-    return "-".join([intervention.kind, *(str(v) for k, v in intervention if k in ("mode", "at", "direction"))])
+    return "-".join([intervention.kind, *(str(v) for k, v in intervention if k in ("mode", "value", "at", "direction"))])
 
 
 every_kind = pytest.mark.parametrize("intervention", EVERY_KIND, ids=name_of)
 
 
 class TestData:
-    def test_every_registered_kind_is_tried_here(self):
-        assert {i.kind for i in EVERY_KIND} == set(KINDS)
+    @pytest.mark.parametrize("kind", sorted(KINDS))
+    def test_the_example_is_an_experiment(self, kind):
+        assert from_example(kind).kind == kind
 
     @every_kind
     def test_survives_json(self, intervention):
@@ -89,6 +122,7 @@ class TestData:
         cls = KINDS[kind]
         assert cls.__doc__
         assert cls.formula
+        assert "\n" not in cls.formula
         assert f"kind: {kind}" in cls.example
         assert cls.model_fields["kind"].default == kind
 
@@ -106,32 +140,33 @@ class TestData:
     @pytest.mark.parametrize(
         ("kind", "fields"),
         [
-            pytest.param("patch", {"step": "step", "layer": "layer", "frame": "frame"}, id="patch"),
+            pytest.param("patch", {"step": "step", "layer": "layer", "frame": "frame", "head": "head"}, id="patch"),
             pytest.param("noise", {"step": "step", "frame": "frame"}, id="noise"),
             pytest.param("frame_shuffle", {"step": "step", "layer": "layer", "frame": "frame"}, id="frame-shuffle"),
             pytest.param("step_skip", {"step": "step"}, id="step-skip"),
         ],
     )
     def test_index_fields_are_found_inside_optional_ones(self, kind, fields):
-        assert index_fields(KINDS[kind]) == fields
+        assert {name: mark.coordinate for name, mark in index_fields(KINDS[kind]).items()} == fields
 
     @every_kind
     def test_points_lie_in_the_run(self, intervention):
-        for point in intervention.points(GUIDED):
-            last = GUIDED.steps if isinstance(point, LatentsAt) else GUIDED.steps - 1
-            assert 0 <= point.step <= last
+        for point in intervention.points(RICH):
+            RICH.require(point)
 
     @every_kind
     def test_first_computed_step_is_not_after_the_first_point(self, intervention):
         """Except where the point itself needs no denoiser: the solver's input or the latents after a step."""
         first = intervention.first_computed_step(GUIDED)
         assert 0 <= first <= GUIDED.steps
-        sites = [p.step for p in intervention.points(GUIDED) if isinstance(p, Site)]
+        sites = [p.step for p in intervention.points(RICH) if isinstance(p, Site)]
         assert all(first <= s for s in sites)
 
     @every_kind
-    def test_donor_sites_come_with_a_donor(self, intervention):
-        assert bool(intervention.donor_sites(GUIDED)) == (intervention.donor is not None)
+    def test_reads_lie_in_the_run(self, intervention):
+        for read in intervention.reads(RICH):
+            RICH.require(read.point)
+            assert read.source
 
 
 class TestGenerators:
@@ -189,7 +224,7 @@ class TestPatch:
 
     def patched(self, patch: Patch, offset: float = 100.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         value, donor = numbered(TOKENS, CHANNELS), numbered(TOKENS, CHANNELS, offset=offset)
-        return value, donor, patch.apply(self.SITE, value, context(donors={self.SITE: donor}))
+        return value, donor, patch.apply(self.SITE, value, context(donors={read: donor for read in patch.reads(GEOMETRY)}))
 
     @pytest.mark.parametrize(
         ("direction", "recipient", "donor"),
@@ -243,7 +278,12 @@ class TestPatch:
     def test_branch_chooses_the_sites(self, branch, branches):
         patch = Patch(step=1, layer=2, branch=branch, component="ffn")
         assert patch.points(GUIDED) == tuple(Site(1, b, 2, "ffn") for b in branches)
-        assert patch.donor_sites(GUIDED) == patch.points(GUIDED)
+        assert [read.point for read in patch.reads(GUIDED)] == list(patch.points(GUIDED))
+
+    def test_a_donor_of_another_sample_is_the_wrong_pair_control(self):
+        (read,) = Patch(step=1, layer=2, donor_sample=3).reads(GEOMETRY)
+        assert read == Read(self.SITE, (RunRef("clean", sample=3),))
+        assert not read.source[0].own
 
 
 class TestNoise:
@@ -332,7 +372,7 @@ class TestNoise:
     @pytest.mark.parametrize("run", ["clean", "corrupted"])
     def test_recipient_is_the_asked_run_and_there_is_no_donor(self, run):
         noise = Noise(at="step", step=0, run=run)
-        assert (noise.recipient, noise.donor) == (run, None)
+        assert (noise.recipient, noise.reads(GEOMETRY)) == (run, ())
 
 
 class TestFrameShuffle:
@@ -453,27 +493,54 @@ class TestSites:
         assert GEOMETRY.indices("layer") == (0, 1, 2)
         assert GEOMETRY.indices("frame") == GEOMETRY.generated_frames == (1, 2, 3, 4)
 
+    def test_heads_are_counted_where_there_are_any(self):
+        assert GEOMETRY.indices("head") == ()
+        assert RICH.indices("head") == (0, 1, 2, 3)
+
     def test_other_coordinates_are_unknown(self):
         with pytest.raises(KeyError):
-            GEOMETRY.indices("head")
-
-    @given(
-        st.permutations(
-            [Site(s, b, k, c) for s in (0, 1) for b in ("uncond", "cond") for k in (0, 1) for c in COMPONENTS]
-        )
-    )
-    def test_forward_order_is_step_branch_block_component(self, sites):
-        ordered = in_forward_order(sites, ("cond", "uncond"))
-        expected = [Site(s, b, k, c) for s in (0, 1) for b in ("cond", "uncond") for k in (0, 1) for c in COMPONENTS]
-        assert ordered == expected
-
-    def test_sites_of_both_branches(self):
-        assert sites_at(1, 2, "ffn", GUIDED) == (Site(1, "cond", 2, "ffn"), Site(1, "uncond", 2, "ffn"))
-        assert sites_at(1, 2, "ffn", GEOMETRY) == (Site(1, "cond", 2, "ffn"),)
+            GEOMETRY.indices("token")
 
     def test_frames_of_a_token_sequence(self):
         value = numbered(TOKENS, CHANNELS)
-        seen = []
-        out = over_frames(value, GEOMETRY, lambda v: seen.append(v.shape) or v)  # type: ignore[func-returns-value]
-        assert seen == [(GEOMETRY.frames, GEOMETRY.tokens_per_frame, CHANNELS)]
-        assert torch.equal(out, value)
+        frames = by_frame(value, GEOMETRY)
+        assert frames.shape == (GEOMETRY.frames, GEOMETRY.tokens_per_frame, CHANNELS)
+        assert torch.equal(frames.flatten(0, 1), value)
+
+    @pytest.mark.parametrize(
+        ("point", "says"),
+        [
+            pytest.param(LatentsAt(5), "steps 0 to 3", id="latents-after-the-last"),
+            pytest.param(PredictionAt(4), "steps 0 to 3", id="prediction-after-the-last"),
+            pytest.param(Site(0, "uncond", 0, "ffn"), "branches cond", id="branch"),
+            pytest.param(Site(0, "cond", 3, "ffn"), "blocks 0 to 2", id="block"),
+            pytest.param(Site(0, "cond", 0, "ffn", "text"), "text enters it by cross-attention alone", id="text"),
+            pytest.param(Site(0, "cond", 0, "attn1", head=0), "This model has no heads", id="no-heads"),
+            pytest.param(AttentionAt(0, "cond", 1), "No block of this model has such attention", id="no-softmax"),
+        ],
+    )
+    def test_a_point_that_does_not_exist_is_refused_with_what_does(self, point, says):
+        with pytest.raises(NoSuchSiteError, match=says):
+            GEOMETRY.require(point)
+
+    @pytest.mark.parametrize(
+        ("point", "says"),
+        [
+            pytest.param(Site(0, "cond", 0, "attn1", head=4), "heads 0 to 3 of attn1, attn2", id="head"),
+            pytest.param(Site(0, "cond", 0, "ffn", head=0), "heads 0 to 3 of attn1, attn2", id="head-of-ffn"),
+        ],
+    )
+    def test_a_head_that_does_not_exist_is_refused_with_those_that_do(self, point, says):
+        with pytest.raises(NoSuchSiteError, match=says):
+            RICH.require(point)
+
+    def test_the_end_of_the_run_has_latents(self):
+        GEOMETRY.require(LatentsAt(4))
+
+    @given(st.integers(0, 9), st.integers(1, 9))
+    def test_a_window_lies_inside_or_is_refused(self, start, length):
+        if start + length > 8:
+            with pytest.raises(NoSuchSiteError, match="reach beyond the last, step 7"):
+                window(start, length, 8, "step")
+        else:
+            assert list(window(start, length, 8, "step")) == [start + i for i in range(length)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from interventions.families.family import FAMILIES, Family, UnknownFamilyError, family_of, register_family
+from interventions.families.family import FAMILIES, Blocks, Tap, UnknownFamilyError, family_of, register_family
 from pipeline import models
 from pipeline.models import EMBEDDED, ModelError, describe, resolve
 from pipeline.tasks.maze import MazeTask
@@ -214,12 +214,9 @@ class TestFamilies:
             register_family(FAMILIES["wan"])
 
     def test_components_are_in_forward_order(self):
-        bare = Family(
-            name="bare", pipelines=(), denoiser="d", blocks="b", submodules={"ffn": "f"},
-            given_frames=lambda config: 0, branches=lambda scale: ("cond",),
-        )  # fmt: skip
-        assert bare.components == ("ffn", "update", "residual")
-        assert FAMILIES["wan"].components == ("attn1", "attn2", "ffn", "update", "residual")
+        blocks = Blocks(path="b", taps={"ffn": Tap(path="f"), "residual": Tap()})
+        assert blocks.components == ("ffn", "update", "residual")
+        assert FAMILIES["wan"].blocks[0].components == ("attn1", "attn2", "ffn", "update", "residual")
 
 
 def test_loaded_pipeline_is_on_the_device_in_the_dtype():
