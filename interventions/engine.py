@@ -86,6 +86,13 @@ class Engine:
             self.solver.attach()
         return self._final(final, inputs)
 
+    def perturbed(self, latents: torch.Tensor, frame: int, geometry: Geometry) -> torch.Tensor:
+        """Return given latents with the latent frames of one token frame changed, in the pipeline's own layout."""
+        seen = self._canonical(latents).clone()
+        frames = slice(frame * geometry.frame_patch, (frame + 1) * geometry.frame_patch)
+        seen[:, :, frames] += 1.0
+        return from_canonical(seen, self.family.latent_layout)
+
     def geometry(self, inputs: RunInputs) -> Geometry:
         """Return the extent of a run on these inputs."""
         pipeline_config = {**self.pipe.config, "_class_name": type(self.pipe).__name__}

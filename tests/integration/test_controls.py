@@ -9,7 +9,8 @@ import torch
 
 from interventions.controls import Control, ControlError, require_controls, run_controls
 from interventions.engine import Engine
-from interventions.families.family import family_of
+from interventions.families.family import Tap, family_of
+from interventions.families.wan import BLOCKS
 from pipeline.cli import main
 from pipeline.embedded.build import build_pipeline
 from pipeline.tasks.maze import MazeTask
@@ -18,15 +19,21 @@ from tests.sweep_fixture import save_tiny_model, tiny_config, write_config
 
 NAMES = [
     "an empty plan equals the bare pipeline",
+    "blocks run in the declared order",
+    "one latent frame is its slice of tokens",
     "a self-patch is an identity",
-    "the last residual gives the donor's prediction",
+    "a restored last residual restores the run",
     "nothing changes before the intervened step",
+    "all heads of attn1 are attn1",
+    "all heads of attn2 are attn2",
+    "cutting no edge of attn1 changes nothing",
+    "cutting no edge of attn2 changes nothing",
 ]
 
 
-def made(guidance: float = 1.0, seed: int = 3):
+def made(guidance: float = 1.0, seed: int = 3, layers: int = 2):
     torch.set_num_threads(1)
-    pipe = build_pipeline(seed, num_layers=2)
+    pipe = build_pipeline(seed, num_layers=layers)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in pipe.transformer.parameters():
@@ -49,12 +56,41 @@ def failing(engine, inputs):
     return [c.name for c in run_controls(engine, inputs) if not c.passed]
 
 
-def test_a_family_with_the_wrong_block_list_fails_the_donor_control():
-    """Without the last block in the list, what is taken for the last residual is not."""
+@pytest.mark.parametrize(
+    ("wrong", "control"),
+    [
+        pytest.param({"count": "num_attention_heads"}, "blocks run in the declared order", id="a-block-too-few"),
+        pytest.param({"taps": {**BLOCKS.taps, "residual": Tap(path="ffn")}}, "a restored last residual", id="residual"),
+        pytest.param(
+            {"taps": {**BLOCKS.taps, "attn1.heads": Tap(path="attn1.to_q", end="input")}}, "all heads of attn1", id="heads"
+        ),
+    ],
+)
+def test_a_family_that_declares_something_else_fails_its_control(wrong, control):
+    engine, inputs = made(layers=3)
+    engine.family = replace(engine.family, blocks=(replace(BLOCKS, **wrong),))
+    assert any(name.startswith(control) for name in failing(engine, inputs))
+
+
+def test_a_family_with_the_wrong_token_grid_fails_the_frame_control():
     engine, inputs = made()
-    geometry = engine.geometry
-    engine.geometry = lambda given: replace(geometry(given), blocks=1)
-    assert "the last residual gives the donor's prediction" in failing(engine, inputs)
+    engine.family = replace(engine.family, patch=lambda config: (1, 1, 2))
+    assert failing(engine, inputs) == ["one latent frame is its slice of tokens"]
+
+
+@pytest.mark.parametrize("cache", ["first_block", "pyramid"])
+def test_an_active_step_cache_is_refused_by_name(cache):
+    from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+
+    engine, inputs = made()
+    config = FirstBlockCacheConfig(threshold=0.1)
+    if cache == "pyramid":
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        )
+    engine.pipe.transformer.enable_cache(config)
+    with pytest.raises(ControlError, match=r"step cache '.*' is active on transformer.*disable_cache"):
+        require_controls(engine, inputs)
 
 
 def test_a_wrap_that_changes_the_loop_fails_the_empty_plan():
