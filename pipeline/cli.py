@@ -1,13 +1,13 @@
-"""The command line: ``stepscope run | plan | status | effects | report | models | tasks | interventions``."""
+"""The command line: ``stepscope run | plan | check | status | effects | report | models | tasks | interventions``."""
 
 from __future__ import annotations
 
 import errno
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
@@ -186,21 +186,39 @@ def report(
 
 
 @app.command
+def check(
+    model: Annotated[str, Parameter(help="Embedded model, diffusers folder or hub name.")],
+    *,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], Parameter(help="Precision.")] = "float32",
+    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where it runs.")] = "auto",
+) -> int:
+    """Prove on a model's smallest run that sites, edits and replays do exactly what they say.
+
+    Exit code 0: every control passed; 1: one failed; 2: bad input.
+
+    Example: ``stepscope check embedded:maze``
+    """
+    from pipeline.check import as_rows, check_model
+
+    checked = check_model(model, dtype=dtype, device=device)
+    print(f"{model}: {checked.pipeline}, family {checked.family.name}, {checked.solver}")
+    print(f"{'guidance':>8}  {'control':<46} difference of limit")
+    for guided, name, outcome in as_rows(checked):
+        print(f"{guided:>8}  {name:<46} {outcome}")
+    if checked.family.notes:
+        print(f"Note: {checked.family.notes}")
+    return OK if checked.passed else FAILED
+
+
+@app.command
 def models() -> int:
-    """List the embedded models and the model families with their pipeline classes.
+    """List the embedded models and the model families, with their pipelines and sites.
 
     Example: ``stepscope models``
     """
-    from interventions.families.family import FAMILIES
-    from pipeline.models import EMBEDDED, describe
+    from pipeline import listing
 
-    for name in EMBEDDED:
-        info = describe(name)
-        pipeline, blocks = info.pipeline_config["_class_name"], info.denoiser_config["num_layers"]
-        print(f"{name}: {pipeline}, {blocks} blocks, in this package")
-    for family in FAMILIES.values():
-        print(f"family {family.name}: {', '.join(family.pipelines)}; components {', '.join(family.components)}")
-    return OK
+    return _print(listing.models())
 
 
 @app.command
@@ -210,37 +228,30 @@ def tasks() -> int:
     Example: ``stepscope tasks``
     """
     from pipeline import config as _config  # noqa: F401  (registers tasks and metrics)
-    from pipeline.metrics.metric import METRICS
-    from pipeline.tasks.task import TASKS
+    from pipeline import listing
 
-    for name, cls in TASKS.items():
-        print(f"{name}: {cls.summary}")
-        for key, info in cls.model_fields.items():
-            print(f"  {key} = {info.default!r}")
-    print("metrics:")
-    for metric in METRICS.values():
-        print(f"  {metric.name} ({', '.join(metric.tasks) or 'any task'}): {metric.description}")
-    return OK
+    return _print(listing.tasks())
 
 
 @app.command
-def interventions() -> int:
-    """List the intervention kinds with their formula, settings and a YAML example.
+def interventions(
+    kind: Annotated[str | None, Parameter(help="One kind, with its settings and a YAML example.")] = None,
+) -> int:
+    """List the intervention kinds with their formulas, or one with its settings and an example.
 
-    Example: ``stepscope interventions``
+    Example: ``stepscope interventions patch``
     """
-    from interventions import kinds  # noqa: F401  (registers every kind)
-    from interventions.base import KINDS, index_fields
+    from pipeline import listing
 
-    for name, cls in KINDS.items():
-        print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
-        print(f"  formula: {cls.formula}")
-        indices = index_fields(cls)
-        for key, info in cls.model_fields.items():
-            if key != "kind":
-                default = "required" if info.is_required() else f"default {info.default!r}"
-                print(f"  {key}: {_type_name(info.annotation)}, {default}{', index' if key in indices else ''}")
-        print("  example:\n" + "\n".join(f"    {line}" for line in cls.example.splitlines()))
+    try:
+        return _print(listing.interventions(kind))
+    except listing.UnknownKindError as error:
+        raise UsageError(str(error)) from error
+
+
+def _print(lines: Iterable[str]) -> int:
+    for line in lines:
+        print(line)
     return OK
 
 
@@ -258,10 +269,6 @@ def _plan(config: Path, overrides: list[str], store: Path | None, replicas: int 
     return make_plan(loaded, config, overrides), store or Path("runs") / f"{loaded.name}.zarr"
 
 
-def _type_name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-
-
 def _again() -> str:
     import shlex
 
@@ -274,11 +281,12 @@ def _say(text: str) -> None:
 
 def _bad_input() -> tuple[type[Exception], ...]:
     from cluster import PoolError
+    from interventions.controls import ControlError
     from pipeline.config import ConfigError
     from pipeline.models import ModelError
     from pipeline.store import StoreError
 
-    return ConfigError, ModelError, StoreError, PoolError, UsageError
+    return ConfigError, ControlError, ModelError, StoreError, PoolError, UsageError
 
 
 _NOT_WRITABLE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

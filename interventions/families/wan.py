@@ -75,8 +75,8 @@ WAN = register_family(
         example=_example,
         encode=_encode,
         notes=(
-            "The image of image-to-video is shared by all runs. In Wan 2.1 attn2 reads tokens of the image beside those "
-            "of the text, and a cut of its edges removes both."
+            "The image of image-to-video is shared by all runs. In Wan 2.1 attn2 reads tokens of the image beside the "
+            "text's, and a knock-out of text leaves them."
         ),
     )
 )

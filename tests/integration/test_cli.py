@@ -10,16 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 import zarr
 
-from interventions.base import KINDS
 from pipeline.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, app, main
-from pipeline.metrics.metric import METRICS
 from pipeline.store import Journal, open_store
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run", "plan", "status", "effects", "report", "models", "tasks", "interventions")
+COMMANDS = ("run", "plan", "check", "status", "effects", "report", "models", "tasks", "interventions")
 
 TINY = """\
 name: tiny
@@ -531,43 +528,6 @@ class TestRun:
         monkeypatch.setattr(sweep, "run_sweep", fail)
         with pytest.raises(ZeroDivisionError, match="a bug"):
             main(["run", "c.yaml"])
-
-
-class TestLists:
-    def test_models(self, capsys):
-        assert main(["models"]) == OK
-        text = capsys.readouterr().out
-        assert "embedded:maze: WanImageToVideoPipeline, 6 blocks" in text
-        assert (
-            "family wan: WanPipeline, WanImageToVideoPipeline; components attn1, attn2, ffn, update, residual" in text
-        )
-
-    def test_tasks_with_every_setting_and_metric(self, capsys):
-        assert main(["tasks"]) == OK
-        text = capsys.readouterr().out
-        assert "maze: 5x5 mazes" in text
-        for setting in ("mazes", "pairs", "seeds", "first_maze", "balanced"):
-            assert f"  {setting} = " in text
-        assert all(f"  {name} (" in text for name in METRICS)
-
-    def test_interventions_with_examples_that_plan(self, here, capsys):
-        assert main(["interventions"]) == OK
-        text = capsys.readouterr().out
-        for kind, cls in KINDS.items():
-            assert re.search(rf"^{kind}: ", text, re.MULTILINE)
-            assert cls.formula in text
-        blocks = re.findall(r"  example:\n((?:    .*\n)+)", text)
-        assert len(blocks) == len(KINDS)
-        experiments = {name: raw for block in blocks for name, raw in yaml.safe_load(block).items()}
-        (here / "c.yaml").write_text(yaml.safe_dump({**yaml.safe_load(TINY), "experiments": experiments}))
-        assert main(["plan", "c.yaml", "--no-calibrate"]) == OK
-
-    @pytest.mark.parametrize("command", ["models", "tasks", "interventions"])
-    def test_lists_go_to_standard_output(self, command, capsys):
-        main([command])
-        captured = capsys.readouterr()
-        assert captured.out
-        assert captured.err == ""
 
 
 class TestProcess:

@@ -396,7 +396,7 @@ c.yaml:7: task.mazes: Input should be greater than or equal to 1, got 0
 c.yaml:8: task.pairs: pair 'red/green' is not clean/corrupted with clean in red, blue and corrupted another of red, blue, any; \
 for example red/blue or red/any, got ['red/green']
 c.yaml:10: sampler.steps: Input should be a valid integer, got 'many'
-c.yaml:13: experiments.map.kind: unknown intervention 'pach': did you mean 'patch'? allowed: frame_shuffle, noise, patch, step_skip
+c.yaml:13: experiments.map.kind: unknown intervention 'pach': did you mean 'patch'? allowed: ablate, block_skip, compose, frame_shuffle, hidden_noise, knockout, latent_noise, latent_swap, noise, patch, prompt_swap, seed_ensemble, steer, step_skip
 c.yaml:17: experiments.skip.step.1: Input should be a valid integer, got 'x'; a list sweeps it, `all` or a slice such as `2:8` too
 c.yaml:19: experiments.shuffle.mode: an empty list sweeps nothing; give at least one value"""
 

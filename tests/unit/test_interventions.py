@@ -87,7 +87,9 @@ EVERY_KIND += [from_example(kind) for kind in sorted(set(KINDS) - {i.kind for i 
 
 
 def name_of(intervention: Intervention) -> str:
-    return "-".join([intervention.kind, *(str(v) for k, v in intervention if k in ("mode", "value", "at", "direction"))])
+    return "-".join(
+        [intervention.kind, *(str(v) for k, v in intervention if k in ("mode", "value", "at", "direction"))]
+    )
 
 
 every_kind = pytest.mark.parametrize("intervention", EVERY_KIND, ids=name_of)
@@ -143,7 +145,7 @@ class TestData:
             pytest.param("patch", {"step": "step", "layer": "layer", "frame": "frame", "head": "head"}, id="patch"),
             pytest.param("noise", {"step": "step", "frame": "frame"}, id="noise"),
             pytest.param("frame_shuffle", {"step": "step", "layer": "layer", "frame": "frame"}, id="frame-shuffle"),
-            pytest.param("step_skip", {"step": "step"}, id="step-skip"),
+            pytest.param("step_skip", {"step": "step", "other": "step"}, id="step-skip"),
         ],
     )
     def test_index_fields_are_found_inside_optional_ones(self, kind, fields):
@@ -224,7 +226,11 @@ class TestPatch:
 
     def patched(self, patch: Patch, offset: float = 100.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         value, donor = numbered(TOKENS, CHANNELS), numbered(TOKENS, CHANNELS, offset=offset)
-        return value, donor, patch.apply(self.SITE, value, context(donors={read: donor for read in patch.reads(GEOMETRY)}))
+        return (
+            value,
+            donor,
+            patch.apply(self.SITE, value, context(donors={read: donor for read in patch.reads(GEOMETRY)})),
+        )
 
     @pytest.mark.parametrize(
         ("direction", "recipient", "donor"),

@@ -29,6 +29,8 @@ from interventions.solvers import (
     solver_of,
 )
 
+# diffusers hands tensors to np.array.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 Level = tuple[float, float]
 Shape = (2, 3, 2, 4, 4)
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -109,6 +111,7 @@ MULTISTEP = [
     Case("unipc-cosmos2.5", "UniPCMultistepScheduler", {**FLOW, "use_karras_sigmas": True}),
     *kinds("unipc", "UniPCMultistepScheduler", "epsilon sample v_prediction"),
     Case("unipc-noise-form", "UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
+    Case("unipc-flow-sample", "UniPCMultistepScheduler", {**FLOW, "prediction_type": "sample"}),
     Case("dpm-sana", "DPMSolverMultistepScheduler", FLOW),
     *kinds("dpm", "DPMSolverMultistepScheduler", "epsilon sample v_prediction"),
     Case("dpm-third-order", "DPMSolverMultistepScheduler", {"solver_order": 3}),
@@ -532,11 +535,7 @@ class TestSolverOf:
         ("name", "config", "description"),
         [
             ("FlowMatchEulerDiscreteScheduler", {}, "order 1, flow path, flow prediction"),
-            (
-                "FlowMatchEulerDiscreteScheduler",
-                {"invert_sigmas": True},
-                "order 1, flow path, inverted_flow prediction",
-            ),
+            ("DDIMScheduler", {"prediction_type": "sample"}, "order 1, vp path, sample prediction"),
             ("UniPCMultistepScheduler", FLOW, "order 2, flow path, flow prediction"),
             ("UniPCMultistepScheduler", {"solver_order": 3}, "order 3, vp path, epsilon prediction"),
             ("CogVideoXDPMScheduler", {}, "order 2, vp path, epsilon prediction, draws noise"),
