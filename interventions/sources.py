@@ -10,7 +10,7 @@ import torch
 
 from interventions.base import Intervention, Read, RowContext, RunRef
 from interventions.record import Record
-from interventions.sites import LatentsAt, Point, PromptAt, Site
+from interventions.sites import LatentsAt, PromptAt, Site
 
 Capture = Callable[[Record, int, Sequence[Site], Sequence[int]], dict[Site, torch.Tensor]]
 """Activations of recorded runs at sites of one step: ``Engine.capture``."""
@@ -55,6 +55,7 @@ def donor_values(capture: Capture, record: Record, reads: set[Read], others: Oth
             return found.latents[read.point.step][row]
         if isinstance(read.point, PromptAt):
             return {name: tensor[row] for name, tensor in found.conditioning[read.point.branch].items()}
+        assert isinstance(read.point, Site)
         return captured[ref][read.point][row]
 
     result: dict[Read, Any] = {}
@@ -62,15 +63,19 @@ def donor_values(capture: Capture, record: Record, reads: set[Read], others: Oth
         if isinstance(read.point, PromptAt) and len(read.source) > 1:
             raise ValueError(f"prompts cannot be averaged: {read}")
         first, *rest = (value(read, ref) for ref in read.source)
-        for other in rest:
-            first = first + other
-        result[read] = first / len(read.source) if rest else first
+        if rest:
+            # In float32: a sum of many half-precision values would lose the differences that a mean is for.
+            total = first.float()
+            for other in rest:
+                total = total + other
+            first = (total / len(read.source)).to(first.dtype)
+        result[read] = first
     return result
 
 
 def _captured(
     capture: Capture, record: Record, reads: set[Read], others: Others | None
-) -> dict[RunRef, dict[Point, torch.Tensor]]:
+) -> dict[RunRef, dict[Site, torch.Tensor]]:
     """Capture each record once a step: all its runs, so that the batch is the one it was recorded in."""
     wanted: dict[tuple[int, int], set[Site]] = defaultdict(set)
     records: dict[int, Record] = {}
@@ -82,7 +87,7 @@ def _captured(
                 records[id(found)] = found
                 refs[id(found)].add(ref)
                 wanted[id(found), read.point.step].add(read.point)
-    captured: dict[RunRef, dict[Point, torch.Tensor]] = defaultdict(dict)
+    captured: dict[RunRef, dict[Site, torch.Tensor]] = defaultdict(dict)
     for (key, step), sites in sorted(wanted.items(), key=lambda item: item[0][1]):
         found = records[key]
         values = capture(found, step, sorted(sites), range(len(found.inputs.names)))

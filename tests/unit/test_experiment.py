@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,14 @@ from interventions.sites import Geometry
 from pipeline.experiment import ExperimentError, Grid, parse, unknown
 
 GEOMETRY = Geometry(steps=4, blocks=6, frames=5, given_frames=1, height=2, width=2)
+RICH = replace(
+    GEOMETRY,
+    calls=(("cond",), ("uncond",)),
+    heads=4,
+    head_components=("attn1", "attn2"),
+    knockout=("attn1", "attn2"),
+)
+"""A model that has what every kind's example asks for."""
 GUIDED = Geometry(steps=4, blocks=6, frames=5, given_frames=0, height=2, width=2, calls=(("cond",), ("uncond",)))
 PATCH = {"kind": "patch", "step": 0, "layer": 0}
 
@@ -126,7 +135,7 @@ class TestGrid:
 
         ((name, raw),) = yaml.safe_load(KINDS[kind].example).items()
         assert raw["kind"] == kind
-        assert parse(name, raw).bind(GEOMETRY).cells > 1
+        assert parse(name, raw).bind(RICH).cells > 1
 
 
 class TestRefused:
@@ -139,13 +148,13 @@ class TestRefused:
             pytest.param(
                 {"kind": "zzz"},
                 ".kind",
-                "unknown intervention 'zzz': allowed: frame_shuffle, noise",
+                "unknown intervention 'zzz': allowed: ablate, block_skip, compose",
                 id="kind-unlike-any",
             ),
             pytest.param({"kind": ["patch"]}, ".kind", "unknown intervention ['patch']", id="kind-list"),
             pytest.param({"kind": {"a": 1}}, ".kind", "unknown intervention {'a': 1}", id="kind-mapping"),
             pytest.param({"kind": 3}, ".kind", "unknown intervention 3", id="kind-number"),
-            pytest.param({"kind": None}, "", "kind is missing; allowed: frame_shuffle, noise, patch", id="kind-null"),
+            pytest.param({"kind": None}, "", "kind is missing; allowed: ablate, block_skip, compose", id="kind-null"),
             pytest.param({"layr": 3}, ".layr", "unknown key 'layr': did you mean 'layer'?", id="key-typo"),
             pytest.param({"layer": "three"}, ".layer", "valid integer, got 'three'", id="word-for-integer"),
             pytest.param({"layer": 1.5}, ".layer", "valid integer, got 1.5", id="fraction-for-integer"),

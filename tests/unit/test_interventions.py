@@ -229,7 +229,7 @@ class TestPatch:
         return (
             value,
             donor,
-            patch.apply(self.SITE, value, context(donors={read: donor for read in patch.reads(GEOMETRY)})),
+            patch.apply(self.SITE, value, context(donors=dict.fromkeys(patch.reads(GEOMETRY), donor))),
         )
 
     @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class TestDescribe:
             pytest.param(
                 "model_index.json",
                 '{"_class_name": "FluxPipeline"}',
-                "no family adapter covers pipeline class FluxPipeline. Covered: WanImageToVideoPipeline, WanPipeline.",
+                "no family adapter covers pipeline class FluxPipeline. Covered: AllegroPipeline, ",
                 id="class-of-no-family",
             ),
             pytest.param("transformer/config.json", None, "cannot read", id="no-denoiser-config"),

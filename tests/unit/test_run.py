@@ -148,7 +148,7 @@ class TestWork:
         assert tap_of(site) == tap
 
     def test_a_site_that_is_not_there_is_refused(self):
-        with pytest.raises(NoSuchSiteError, match="no heads|heads 0 to 1"):
+        with pytest.raises(NoSuchSiteError, match=r"no heads|heads 0 to 1"):
             forking(record(), [Patch(step=0, layer=0, component="attn1", head=2)], None)
         with pytest.raises(NoSuchSiteError, match="blocks 0 to 2"):
             capturing(record(), 0, [Site(0, "cond", 7, "ffn")], [0])

@@ -134,7 +134,7 @@ class TestCreate:
 
     def test_attributes_say_where_it_comes_from(self, store, plan):
         attrs = dict(store.root.attrs)
-        assert attrs["schema_version"] == 1
+        assert attrs["schema_version"] == 2
         assert attrs["config_sha256"] == plan.config.hash() == store.config_hash
         assert json.loads(attrs["config_json"]) == plan.config.identity()
         assert json.loads(attrs["model"])["fingerprint"] == plan.model.fingerprint
@@ -251,8 +251,14 @@ class TestOpen:
 
     def test_newer_schema_is_refused(self, store):
         store.root.attrs["schema_version"] = 99
-        with pytest.raises(StoreError, match=r"has schema version 99, this stepscope reads up to 1\. Update it\.$"):
+        with pytest.raises(StoreError, match=r"has schema version 99, this stepscope reads up to 2\. Update it\.$"):
             open_store(store.path)
+
+    def test_older_schema_is_read_but_not_continued(self, store, plan):
+        store.root.attrs["schema_version"] = 1
+        assert open_store(store.path).config_hash == plan.config.hash()
+        with pytest.raises(StoreError, match=r"was begun with schema version 1, this stepscope writes 2\. Finish it"):
+            open_or_create(store.path, plan)
 
 
 def make_missing(path: Path) -> None:
@@ -641,7 +647,7 @@ def test_opens_with_xarray_alone_and_without_a_warning(store):
         assert float(cube.sel(component="ffn").isel(sample=0, step=1, layer=5)) == 0.25
         assert "sigma" in tree["map"].dataset.coords
         assert cube.attrs["long_name"] and cube.attrs["units"] == "1" and cube.attrs["description"]
-        assert tree.attrs["schema_version"] == 1
+        assert tree.attrs["schema_version"] == 2
         assert not {{"torch", "pipeline", "interventions", "ray"}} & set(sys.modules)
     """
     done = subprocess.run(
