@@ -8,7 +8,7 @@ export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint card check-card figures recompute bench train clean
+.PHONY: setup demo test lint card check-card figures recompute bench planted train clean
 
 setup: $(READY)
 
@@ -46,6 +46,11 @@ recompute: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.naive_ratio
+	$(BIN)/python -m benchmarks.screen_cost
+	$(BIN)/python -m benchmarks.knockout_memory
+
+planted: setup
+	$(BIN)/python -m benchmarks.planted_table
 
 train: setup
 	$(BIN)/python -m pipeline.embedded.train --work build/maze_training

@@ -92,7 +92,7 @@ class RowContext:
     geometry : extent of the run.
     levels : (alpha, sigma) of the latents entering each step, x = alpha x0 + sigma eps; then those of the result.
     seed : integers that identify the sample; every random draw derives from them and from coordinates.
-    donors : the value of every ``Read``: (tokens, channels) at a site, (C, F, H, W) for latents, a mapping for a prompt.
+    donors : the value of every ``Read``: (tokens, channels) at a site, (C, F, H, W) of latents, a mapping of a prompt.
     recorded_x0_hat : per step, the clean estimate of the recipient's recorded run, (C, F, H, W).
     x0_hat : this row's latest clean estimate, None before its first prediction.
     latents_before : latents that entered the current step.

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from interventions.attention import Edges
-from interventions.base import Intervention, Read, RowContext, RunRef
+from interventions.base import Intervention, Read, RowContext
 from interventions.engine import Engine
 from interventions.kinds.patch import Patch
 from interventions.record import Record, RunInputs
-from interventions.sites import AttentionAt, Component, Geometry, Point, Site
+from interventions.sites import AttentionAt, Component, Geometry, Point, Site, Stream
 from interventions.streams import argument, to_rows
 
 STEPS = 2
@@ -63,7 +63,7 @@ def run_controls(engine: Engine, inputs: RunInputs) -> list[Control]:
     refuse_step_caches(engine)
     inputs = replace(inputs, shared={**inputs.shared, "num_inference_steps": STEPS})
     record = engine.record(inputs)
-    rounding = TOLERANCE.get(getattr(engine.pipe, engine.family.denoiser).dtype, 0.05)
+    rounding = TOLERANCE.get(engine.denoiser.dtype, 0.05)
     finite = record.final[torch.isfinite(record.final)].abs()
     scale = (float(finite.max()) if finite.numel() else 0.0) or 1.0
     seen = _first_call(engine, inputs, record.geometry)
@@ -140,23 +140,24 @@ def _forks(engine: Engine, record: Record, rounding: float) -> Iterator[tuple[st
 def _self_patches(geometry: Geometry) -> list[Patch]:
     """Return a self-patch for every component that any block has, in the middlemost block that has it."""
     patches = []
-    for component in geometry.components:
-        blocks = [b for b in range(geometry.blocks) if component in geometry.components_of(b)]
-        at = {"direction": "self", "step": 1, "layer": blocks[len(blocks) // 2], "component": component}
-        patches.append(Patch(**at))
-        if component in geometry.head_components:
-            patches.append(Patch(**at, head=geometry.heads - 1))
-        if component in geometry.text_components:
-            patches.append(Patch(**at, stream="text"))
+    streams: dict[Stream, tuple[Component, ...]] = {"video": geometry.components, "text": geometry.text_components}
+    for stream, components in streams.items():
+        for component in components:
+            blocks = [b for b in range(geometry.blocks) if component in geometry.components_of(b, stream)]
+            middle = blocks[len(blocks) // 2]
+            at: dict[str, Any] = {"direction": "self", "step": 1, "layer": middle, "component": component}
+            patches.append(Patch(**at, stream=stream))
+            if stream == "video" and component in geometry.head_components:
+                patches.append(Patch(**at, head=geometry.heads - 1))
     return patches
 
 
 class _Drowned(Patch):
-    """The first block's residual drowned in noise, and the last one's written from the undisturbed run."""
+    """The first video residual drowned in noise, and the last one written from the undisturbed run."""
 
     def points(self, geometry: Geometry) -> tuple[Site, ...]:
         """Return both residuals in every branch."""
-        blocks = dict.fromkeys((0, self.layer))
+        blocks = dict.fromkeys((next(b for b in range(geometry.blocks) if geometry.components_of(b)), self.layer))
         return tuple(Site(self.step, b, block, "residual") for b in geometry.branches for block in blocks)
 
     def apply(self, point: Point, value: torch.Tensor, context: RowContext) -> torch.Tensor:
@@ -214,14 +215,16 @@ def _first_call(engine: Engine, inputs: RunInputs, geometry: Geometry) -> _First
     denoiser = getattr(engine.pipe, geometry.denoiser(0))
     addresses = engine.family.addresses(denoiser.config)
     blocks = [denoiser.get_submodule(address.path) for address in addresses]
+    # Blocks of text alone may come first.
+    start = next(i for i, address in enumerate(addresses) if address.blocks.components)
     ran: list[Any] = []
     videos: list[torch.Tensor] = []
 
     def keep(module: Any, args: Any, kwargs: Any) -> None:
         ran.append(module)
-        if module is blocks[0] and not videos:
-            video = argument(args, kwargs, addresses[0].blocks.video_input)
-            videos.append(to_rows(video, addresses[0].blocks.layout, geometry).detach().clone())
+        if module is blocks[start] and not videos:
+            video = argument(args, kwargs, addresses[start].blocks.video_input)
+            videos.append(to_rows(video, addresses[start].blocks.layout, geometry).detach().clone())
 
     classes = tuple({type(block) for block in blocks})
     modules = [module for module in denoiser.modules() if isinstance(module, classes)]
@@ -255,5 +258,3 @@ def _gap(found: torch.Tensor, expected: torch.Tensor) -> float:
     gap = (found.float() - expected.float()).abs()
     both = found.isnan() & expected.isnan()
     return float(gap.masked_fill(both, 0.0).nan_to_num(nan=float("inf")).max())
-
-

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import nnsight
@@ -15,7 +15,7 @@ from interventions.attention import AttentionTap
 from interventions.base import Intervention, RunRef
 from interventions.families.family import Family
 from interventions.record import Fork, Record, RunInputs
-from interventions.run import Gradient, Run, capturing, forking, recording
+from interventions.run import Gradient, Run, capturing, forking, recording, tap_of
 from interventions.sites import Geometry, LatentsAt, OutputAt, PredictionAt, PromptAt, Site
 from interventions.solver import SolverTap
 from interventions.solvers import clean_estimate
@@ -95,13 +95,13 @@ class Engine:
 
     def geometry(self, inputs: RunInputs) -> Geometry:
         """Return the extent of a run on these inputs."""
-        pipeline_config = {**self.pipe.config, "_class_name": type(self.pipe).__name__}
-        return self.family.geometry(
+        family, pipeline_config = self.family, {**self.pipe.config, "_class_name": type(self.pipe).__name__}
+        return family.geometry(
             pipeline_config,
-            getattr(self.pipe, self.family.denoiser).config,
+            self.denoiser.config,
             scheduler=self._bare_scheduler(),
             steps=int(inputs.shared["num_inference_steps"]),
-            guidance=self.family.guidance(inputs.shared),
+            guidance=family.guider(self.pipe) if family.guider else family.guidance(inputs.shared),
             latent_shape=self._extent(inputs),
         )
 
@@ -150,18 +150,34 @@ class Engine:
         """
         run = capturing(record, step, sites, range(len(record.inputs.names)))
         run.captured, run.gradient = None, Gradient()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._frozen():
             self._trace(run, record.inputs, self._arguments(record.inputs, range(run.rows)))
-            assert run.gradient.x0_hat is not None
-            leaves = run.gradient.leaves
-            found = torch.autograd.grad(objective(run.gradient.x0_hat), list(leaves.values()), allow_unused=True)
-        zeros = {key: torch.zeros_like(leaf) for key, leaf in leaves.items()}
-        run.gradient.leaves = {
-            key: zeros[key] if gradient is None else gradient
-            for key, gradient in zip(leaves, found, strict=True)
-        }
-        run.gradient.x0_hat = run.gradient.x0_hat.detach()
-        return run.gradient
+            found = run.gradient
+            if missing := set(sites) - set(found.values):
+                raise EngineError(f"activations were not reached at {sorted(missing)}")
+            assert found.x0_hat is not None
+            slopes = torch.autograd.grad(
+                objective(found.x0_hat), list(found.leaves.values()), allow_unused=True, materialize_grads=True
+            )
+        by_tap = dict(zip(found.leaves, slopes, strict=True))
+        for site in found.values:
+            key = record.geometry.call_of(site.branch), site.block, tap_of(site)
+            found.slopes[site] = run.at(site, by_tap[key])
+        found.leaves.clear()
+        found.x0_hat = found.x0_hat.detach()
+        return found
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Keep the weights out of a backward, which would keep every layer's input for their gradients."""
+        learning = [p for p in self._root.parameters() if p.requires_grad]
+        try:
+            for p in learning:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in learning:
+                p.requires_grad_(True)
 
     def fork(
         self,
@@ -195,9 +211,7 @@ class Engine:
             kwargs["latents"] = self._edited_entry(run, record, kwargs["latents"])
         final = self._trace(run, record.inputs, kwargs)
         if run.fired != run.planned:
-            raise EngineError(
-                f"{run.planned} edits were planned, {run.fired} happened (steps {record.geometry.steps})"
-            )
+            raise EngineError(f"{run.planned} edits were planned, {run.fired} happened (steps {record.geometry.steps})")
         return Fork(final=final, x0_hat=run.x0_hat, fired=run.fired)
 
     def _trace(self, run: Run, inputs: RunInputs, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -259,18 +273,17 @@ class Engine:
                 # The pipeline runs under no_grad, which its own decorator restores at its end.
                 torch.set_grad_enabled(True)
             prompt = kwargs.get(self.family.conditioning[0])
-            length = None if prompt is None else int(prompt.shape[1])
+            length = None if prompt is None else int(prompt.shape[-2])
             visitor = BlockVisitor(denoiser, self.family, run, step, call, self._attention, length)
             for block in sorted(work):
                 visitor.visit(block, work[block])
-        edited = any(OutputAt(step, branch) in run.edits for branch in run.geometry.calls[call])
-        if run.record or edited or run.contexts:
-            output = denoiser.output
-            if run.record:
-                run.outputs.append(output)
-            new = self._edited_output(run, step, call, output)
-            if edited:
-                denoiser.output = new
+        # Always asked for: where nothing in a call is, the next call's inputs would be answered by this one's.
+        output = denoiser.output
+        if run.record:
+            run.outputs.append(output)
+        new = self._edited_output(run, step, call, output)
+        if any(OutputAt(step, branch) in run.edits for branch in run.geometry.calls[call]):
+            denoiser.output = new
 
     def _edited_output(self, run: Run, step: int, call: int, output: Any) -> Any:
         """Return a denoiser's output after the edits of its branches, and remember it as the latest of each row."""
@@ -329,7 +342,8 @@ class Engine:
             self.solver.carry(edited - stepped)
             self._model.stepped.output = edited
         if run.record:
-            run.latents.append(entering)
+            # Kandinsky writes each step's result into the latents that entered it.
+            run.latents.append(entering.clone())
             if following == run.geometry.steps:
                 run.latents.append(self._canonical(stepped))
 
@@ -349,7 +363,9 @@ class Engine:
         """Refuse noise levels that differ from those the plan computed: every sigma of the results would be wrong."""
         found = self.solver.levels
         if len(found) != len(run.levels) or any(
-            abs(a - b) > 1e-4 for one, other in zip(found, run.levels, strict=True) for a, b in zip(one, other, strict=True)
+            abs(a - b) > 1e-4
+            for one, other in zip(found, run.levels, strict=True)
+            for a, b in zip(one, other, strict=True)
         ):
             raise EngineError(
                 f"the run's noise levels are {[round(s, 4) for _, s in found]}, planned were "
@@ -359,18 +375,23 @@ class Engine:
     def _edited_entry(self, run: Run, record: Record, latents: torch.Tensor) -> torch.Tensor:
         scale = record.entry_scale
         if scale is None:
-            raise EngineError("this pipeline changes the latents it is given, so those entering step 0 cannot be edited")
+            raise EngineError(
+                "this pipeline changes the latents it is given, so those entering step 0 cannot be edited"
+            )
         seen = self._canonical(latents).clone()
+        # Kandinsky is given channels of conditioning behind those it denoises.
+        channels = record.latents[0].shape[1]
         for i in run.edits[LatentsAt(0)]:
-            entering = seen[i] if scale == 1.0 else seen[i] * scale
+            entering = seen[i, :channels] if scale == 1.0 else seen[i, :channels] * scale
             edited = run.edit(LatentsAt(0), i, entering)
-            seen[i] = edited if scale == 1.0 else edited / scale
+            seen[i, :channels] = edited if scale == 1.0 else edited / scale
         return from_canonical(seen, self.family.latent_layout)
 
     def _entry_scale(self, inputs: RunInputs, entering: torch.Tensor) -> float | None:
-        given = self._canonical(inputs.per_run["latents"]).to(entering)
-        scale = float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0))
-        for factor in (1.0, scale):
+        given = self._canonical(inputs.per_run["latents"]).to(entering)[:, : entering.shape[1]]
+        scheduler = self.pipe.scheduler
+        scales = getattr(scheduler, "init_noise_sigma", None), scheduler.config.get("sigma_max")
+        for factor in (1.0, *(float(scale) for scale in scales if scale is not None)):
             if torch.allclose(given * factor, entering, rtol=1e-5, atol=1e-6):
                 return factor
         return None
@@ -396,6 +417,11 @@ class Engine:
         axes = {"CFHW": (2, 3, 4), "FCHW": (1, 3, 4), "FHWC": (1, 2, 3)}[self.family.latent_layout]
         frames, height, width = (latents.shape[a] for a in axes)
         return frames, height, width
+
+    @property
+    def denoiser(self) -> Any:
+        """Return the first denoiser that the pipeline has; two-expert pipelines may have only one of theirs."""
+        return next(d for name in self.family.denoisers if (d := getattr(self.pipe, name, None)) is not None)
 
     def _bare_scheduler(self) -> Any:
         """Return a scheduler of the pipeline's class and settings that carries none of our wrap."""

@@ -97,6 +97,8 @@ class Region(Intervention):
         """Check the region as well as the points."""
         if self.frames is not None and max(frames_of(self.frames)) >= geometry.frames:
             raise NoSuchSiteError(f"frames {self.frames}: this run has frames 0 to {geometry.frames - 1}")
+        if self.frame is not None and self.frame >= geometry.frames:
+            raise NoSuchSiteError(f"frame {self.frame}: this run has frames 0 to {geometry.frames - 1}")
         _, bottom, _, right = self.chosen_box(geometry)
         if bottom > geometry.height or right > geometry.width:
             raise NoSuchSiteError(f"box {self.box}: a frame has {geometry.height} x {geometry.width} tokens")

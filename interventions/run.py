@@ -48,16 +48,18 @@ Work = dict[tuple[int, int], dict[int, BlockWork]]
 
 @dataclass(slots=True, kw_only=True)
 class Gradient:
-    """A request for gradients at one step: zero tensors added at sites, and what they give.
+    """A request for gradients at one step, and what it gives.
 
     Attributes
     ----------
-    leaves : what was added, by (call, block, tap). values : activations there.
+    leaves : zero tensors added to the activations, by (call, block, tap). x0_hat : clean estimate of every run.
+    values : activations by site, one entry a run. slopes : gradient of the objective there, of the same shape.
     """
 
     leaves: dict[tuple[int, int, str], torch.Tensor] = field(default_factory=dict)
-    values: dict[tuple[int, int, str], torch.Tensor] = field(default_factory=dict)
     x0_hat: torch.Tensor | None = None
+    values: dict[Site, torch.Tensor] = field(default_factory=dict)
+    slopes: dict[Site, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,7 +72,7 @@ class Run:
     replayed_loops : iterations whose denoiser output is replayed. replay : those outputs, call by call.
     work : what happens inside the denoiser. edits : rows to edit at each point.
     captured : activations by site, if the run is made to capture them. stop_after_loop : where it then ends.
-    gradient : leaves and values, if the run is made for gradients.
+    gradient : what is asked and found, if the run is made for gradients.
     record : whether to keep what forks need: outputs, latents, conditioning.
     fired : edits made. finished : whether the plan was followed to its end.
     """
@@ -101,6 +103,12 @@ class Run:
     def row_of(self, branch: Branch, row: int) -> int:
         """Return where a row's branch lies in the batch of its denoiser call."""
         return self.geometry.calls[self.geometry.call_of(branch)].index(branch) * self.rows + row
+
+    def at(self, site: Site, value: torch.Tensor) -> torch.Tensor:
+        """Return a site's part of what its tap holds in a denoiser call, one entry a row of the run."""
+        start = self.row_of(site.branch, 0)
+        here = value[start : start + self.rows]
+        return here if site.head == ALL_HEADS else here.unflatten(-1, (self.geometry.heads, -1))[:, :, site.head]
 
     def edit(self, point: Point, row: int, value: Any) -> Any:
         """Let a row's intervention change a value, and count it."""
@@ -178,7 +186,7 @@ def replayed_loops(rows: Sequence[Intervention], schedule: Schedule | None, geom
 
 def tap_of(site: Site) -> str:
     """Return the key of a site's tap in a family's declaration."""
-    name = "residual" if site.component == "update" else site.component
+    name: str = "residual" if site.component == "update" else site.component
     if site.head != ALL_HEADS:
         name += ".heads"
     return name + (".text" if site.stream == "text" else "")

@@ -34,7 +34,8 @@ class Geometry:
     calls : the denoiser calls of a step, each with the guidance branches in the order of its rows.
     components : components that any block can address. block_components : the same for each block, where they differ.
     heads : attention heads of a block, 0 if none can be addressed. head_components : attentions that have them.
-    text_components : components that carry text tokens too; empty where text enters by cross-attention alone.
+    text_components : components that carry text tokens; empty where text enters by cross-attention alone.
+    block_text_components : the same for each block, where they differ.
     knockout : attentions whose edges between frames can be cut. block_knockout : the same for each block.
     denoisers : the experts. denoiser_at : which of them computes each step; empty means the first, always.
     levels : (alpha, sigma) of the latents x = alpha x0 + sigma eps entering each step, then of the result.
@@ -55,6 +56,7 @@ class Geometry:
     heads: int = 0
     head_components: tuple[Component, ...] = ()
     text_components: tuple[Component, ...] = ()
+    block_text_components: tuple[tuple[Component, ...], ...] = ()
     knockout: tuple[Component, ...] = ()
     block_knockout: tuple[tuple[Component, ...], ...] = ()
     denoisers: tuple[str, ...] = ("transformer",)
@@ -92,8 +94,10 @@ class Geometry:
         """Return which denoiser call of a step computes a branch."""
         return next(k for k, call in enumerate(self.calls) if branch in call)
 
-    def components_of(self, block: int) -> tuple[Component, ...]:
-        """Return the components that one block can address."""
+    def components_of(self, block: int, stream: Stream = "video") -> tuple[Component, ...]:
+        """Return the components that one block can address in a stream."""
+        if stream == "text":
+            return self.block_text_components[block] if self.block_text_components else self.text_components
         return self.block_components[block] if self.block_components else self.components
 
     def knockout_of(self, block: int) -> tuple[Component, ...]:
@@ -135,17 +139,16 @@ class Geometry:
             raise NoSuchSiteError(_no_knockout(self, point))
 
     def _require_component(self, site: Site) -> None:
-        have = self.components_of(site.block)
+        if site.stream == "text" and not self.text_components:
+            raise NoSuchSiteError(
+                f"no such site: {site}. This model carries text tokens in no component: text enters it by "
+                "cross-attention alone."
+            )
+        have = self.components_of(site.block, site.stream)
         if site.component not in have:
             raise NoSuchSiteError(
-                f"no such site: {site}. Block {site.block} has components {', '.join(have)}; "
-                f"{_blocks_with(self, site.component)}."
-            )
-        if site.stream == "text" and site.component not in self.text_components:
-            where = f"components {', '.join(self.text_components)}" if self.text_components else "no component"
-            raise NoSuchSiteError(
-                f"no such site: {site}. This model carries text tokens in {where}"
-                f"{'' if self.text_components else ': text enters it by cross-attention alone'}."
+                f"no such site: {site}. Block {site.block} has components {', '.join(have) or 'none'} for "
+                f"{site.stream} tokens; {_blocks_with(self, site.component, site.stream)}."
             )
         if site.head != ALL_HEADS and not (
             site.component in self.head_components and 0 <= site.head < self.heads and site.stream == "video"
@@ -221,8 +224,8 @@ class Site:
 Point = LatentsAt | PredictionAt | OutputAt | PromptAt | BlockAt | AttentionAt | Site
 
 
-def _blocks_with(geometry: Geometry, component: Component) -> str:
-    blocks = [b for b in range(geometry.blocks) if component in geometry.components_of(b)]
+def _blocks_with(geometry: Geometry, component: Component, stream: Stream) -> str:
+    blocks = [b for b in range(geometry.blocks) if component in geometry.components_of(b, stream)]
     return f"{component} exists in blocks {blocks}" if blocks else f"no block has {component}"
 
 

@@ -17,7 +17,8 @@ def to_rows(value: torch.Tensor, layout: TokenLayout, geometry: Geometry) -> tor
         return value.unflatten(0, (-1, geometry.frames)).flatten(1, 2)
     if layout == "places":
         return value.unflatten(0, (-1, geometry.tokens_per_frame)).transpose(1, 2).flatten(1, 2)
-    return value
+    # Convolutions between blocks' parts hold tokens as (frames, height, width).
+    return value.flatten(1, -2)
 
 
 def from_rows(value: torch.Tensor, layout: TokenLayout, geometry: Geometry) -> torch.Tensor:
@@ -35,16 +36,14 @@ def read_tap(raw: Any, tap: Tap, blocks: Blocks, stream: Stream, geometry: Geome
     return value[:, _part(tap, stream, geometry)]
 
 
-def write_tap(
-    raw: Any, new: torch.Tensor, tap: Tap, blocks: Blocks, stream: Stream, geometry: Geometry
-) -> Any:
+def write_tap(raw: Any, new: torch.Tensor, tap: Tap, blocks: Blocks, stream: Stream, geometry: Geometry) -> Any:
     """Return ``raw`` with a component's tokens replaced by ``new``; ``raw`` itself is left alone."""
     old = raw if tap.index is None else raw[tap.index]
     if tap.part != "all":
         whole = to_rows(old, blocks.layout, geometry).clone()
         whole[:, _part(tap, stream, geometry)] = new
         new = whole
-    value = from_rows(new, blocks.layout, geometry)
+    value = from_rows(new, blocks.layout, geometry).reshape(old.shape)
     if tap.index is None:
         return value
     return tuple(value if i == tap.index else part for i, part in enumerate(raw))

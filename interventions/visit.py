@@ -70,13 +70,14 @@ class BlockVisitor:
         where = envoy.get(tap.path) if tap.path else envoy
         raw = where.output if tap.end == "output" else where.input
         value = read_tap(raw, tap, blocks, stream, geometry)
+        before = self._entering(address, stream, entering) if entering is not None else None
         if run.gradient is not None:
+            for site in sites:
+                run.gradient.values[site] = self._of(site, value, before).detach()
             leaf = torch.zeros_like(value, requires_grad=True)
             run.gradient.leaves[self.call, sites[0].block, key] = leaf
-            run.gradient.values[self.call, sites[0].block, key] = value.detach()
             self._put(where, tap, write_tap(raw, value + leaf, tap, blocks, stream, geometry))
             return
-        before = self._entering(address, stream, entering) if entering is not None else None
         if run.captured is not None:
             for site in sites:
                 run.captured[site] = self._of(site, value, before).clone()
@@ -102,19 +103,16 @@ class BlockVisitor:
 
     def _of(self, site: Site, value: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         """Return what a site holds, one entry a row of the run."""
-        start = self.run.row_of(site.branch, 0)
-        rows = slice(start, start + self.run.rows)
-        if site.head != ALL_HEADS:
-            return value[rows].unflatten(-1, (self.run.geometry.heads, -1))[:, :, site.head]
         if site.component == "update":
             assert before is not None
-            return value[rows] - before[rows]
-        return value[rows]
+            return self.run.at(site, value) - self.run.at(site, before)
+        return self.run.at(site, value)
 
     def _entering(self, address: BlockAddress, stream: Stream, inputs: Any) -> torch.Tensor:
         blocks = address.blocks
         where = blocks.video_input if stream == "video" else blocks.text_input
-        return to_rows(argument(*inputs, where), blocks.layout, self.run.geometry)
+        args, kwargs = inputs
+        return to_rows(argument(args, kwargs, where), blocks.layout, self.run.geometry)
 
     @staticmethod
     def _put(where: Any, tap: Tap, new: Any) -> None:
@@ -137,9 +135,11 @@ class BlockVisitor:
         geometry, blocks, order = self.run.geometry, address.blocks, address.blocks.attention[component].order
         frames, places = geometry.frames, geometry.tokens_per_frame
         # Batch entries that belong to one row, and the frames and places that one entry holds.
-        fold, frames, places = {"rows": (1, frames, places), "frames": (frames, 1, places), "places": (places, frames, 1)}[
-            blocks.layout
-        ]
+        fold, frames, places = {
+            "rows": (1, frames, places),
+            "frames": (frames, 1, places),
+            "places": (places, frames, 1),
+        }[blocks.layout]
         # Image-to-video attends to image and text keys in calls of their own; only the text's may be cut.
         text = self.text_tokens if order == "cross" else None
         return Layout(frames=frames, tokens_per_frame=places, order=order, rows_fold=fold, text_tokens=text)
@@ -167,15 +167,16 @@ class BlockVisitor:
         self, block: int, program: tuple[int, ...], output: Any, entering: Any, address: BlockAddress
     ) -> Any:
         blocks, (args, kwargs) = address.blocks, entering
-        residual, text = blocks.taps["residual"], blocks.taps.get("residual.text")
+        ends = (("residual", blocks.video_input), ("residual.text", blocks.text_input))
+        streams = [(blocks.taps[key], where) for key, where in ends if key in blocks.taps]
         if not program:
-            skipped = _replaced(output, residual, argument(args, kwargs, blocks.video_input))
-            return _replaced(skipped, text, argument(args, kwargs, blocks.text_input)) if text else skipped
+            for tap, where in streams:
+                output = _replaced(output, tap, argument(args, kwargs, where))
+            return output
         state = output if program[0] == block else self._other(program[0], args, kwargs)
         for other in program[1:]:
-            args, kwargs = with_argument(args, kwargs, blocks.video_input, _picked(state, residual))
-            if text:
-                args, kwargs = with_argument(args, kwargs, blocks.text_input, _picked(state, text))
+            for tap, where in streams:
+                args, kwargs = with_argument(args, kwargs, where, _picked(state, tap))
             state = self._other(other, args, kwargs)
         return state
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from interventions.controls import STEPS, Control, run_controls
 from interventions.engine import Engine
-from interventions.families.family import Family, family_of
+from interventions.families.family import Family, UnsupportedModelError, family_of
 from interventions.record import RunInputs
 from interventions.solvers import UnsupportedSolverError, describe
 from pipeline.models import ModelError, load_pipeline
@@ -47,9 +47,9 @@ def check_model(model_id: str, *, dtype: str, device: str) -> Check:
     family = family_of(type(pipe).__name__)
     try:
         engine = Engine(pipe, family)
-    except UnsupportedSolverError as error:
+        controls = {guided: run_controls(engine, example_inputs(family, pipe, guided)) for guided in family.calls}
+    except (UnsupportedSolverError, UnsupportedModelError) as error:
         raise ModelError(f"model {model_id!r}: {error}") from error
-    controls = {guided: run_controls(engine, example_inputs(family, pipe, guided)) for guided in family.calls}
     return Check(family=family, pipeline=type(pipe).__name__, solver=describe(engine.solver.kind), controls=controls)
 
 

@@ -95,6 +95,7 @@ def plan(
         "model": f"{planned.model.id} ({planned.model.family}, {planned.geometry.blocks} blocks)",
         "samples": len(planned.samples),
         "cells": cost.cells,
+        **({"estimates": cost.estimates} if cost.estimates else {}),
         "units": cost.units,
         "row_forwards": cost.row_forwards,
         "row_forwards_naive": cost.naive_row_forwards,

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -86,7 +86,7 @@ class SweepConfig(_Frozen):
     def identity(self) -> dict[str, Any]:
         """Return everything that can change a result, JSON-able, with defaults filled in."""
         data = self.model_dump(mode="json", exclude={"run"})
-        data["task"] = self.build_task().model_dump(mode="json")
+        data["task"] = self.build_task().identity()
         data["model"].pop("device")
         return data
 
@@ -253,9 +253,11 @@ def _translate(error: ValidationError, model: type[BaseModel], prefix: Loc) -> l
 
 
 def _fields_at(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
-    for part in loc:
-        info = model.model_fields.get(str(part))
-        if info is None or not (isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)):
+    for part in (part for part in loc if isinstance(part, str)):
+        info = model.model_fields.get(part)
+        inner = (info.annotation, *get_args(info.annotation)) if info is not None else ()
+        nested = [a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not nested:
             return []
-        model = info.annotation
+        model = nested[0]
     return list(model.model_fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from interventions import kinds as _kinds  # noqa: F401  (registers every kind)
 from interventions.base import KINDS, Indexes, Intervention, index_fields
+from interventions.kinds.patch import Patch
+from interventions.screen import NotScreenableError, require_screenable
 from interventions.sites import Geometry, NoSuchSiteError
+from pipeline.screening import Screen
 from pipeline.yaml_source import Loc
 
 _SLICE = re.compile(r"^(-?\d*):(-?\d*)(?::0*([1-9]\d*))?$")
-LEADING_AXIS = "step"
-"""The axis along which units are cut comes first in every array."""
+AXIS_ORDER = ("step", "layer", "component", "head", "frame")
+"""Axes that come first, in this order; units are cut along the very first, so that a unit shares few steps."""
 
 Problem = tuple[Loc, str]
 """Where in the config something is wrong, and what."""
@@ -34,13 +38,15 @@ class Experiment:
     name : group in the store.
     kind : intervention kind.
     fixed : field values equal for all cells.
-    axes : swept fields with their values, ``step`` first; a string is an open range along a coordinate.
+    axes : swept fields with their values, in array order; a string is an open range along a coordinate.
+    screen : how its cells are screened, None if every cell is computed.
     """
 
     name: str
     kind: str
     fixed: tuple[tuple[str, Any], ...]
     axes: tuple[tuple[str, tuple[Any, ...] | str], ...]
+    screen: Screen | None = None
 
     @property
     def cls(self) -> type[Intervention]:
@@ -72,11 +78,10 @@ class Experiment:
             raise ExperimentError([(("experiments", self.name, *loc), text) for loc, text in problems])
         return grid
 
-
     def _starts(self, name: str, geometry: Geometry) -> tuple[int, ...]:
         """Return the indices at which "all" starts: those from which the longest window stays inside."""
         mark = index_fields(self.cls)[name]
-        given = dict(self.fixed).get(mark.window, 1)
+        given = dict(self.fixed).get(mark.window) or 1
         longest = max([given, *dict(self.axes).get(mark.window, ())])
         indices = geometry.indices(mark.coordinate)
         return indices[: max(0, len(indices) - longest + 1)]
@@ -123,13 +128,18 @@ class Grid:
         found: dict[str, Problem] = {}
         for index in itertools.product(*(range(n) for n in self.shape)):
             try:
-                self.intervention(index).check(self.geometry)
+                cell = self.intervention(index)
+                cell.check(self.geometry)
+                if self.experiment.screen is not None and isinstance(cell, Patch):
+                    require_screenable(cell)
             except ValidationError as error:
                 for item in error.errors():
                     text = item["msg"].removeprefix("Value error, ")
                     found.setdefault(text, (tuple(item["loc"]), text))
             except NoSuchSiteError as error:
                 found.setdefault("", ((), str(error)))
+            except NotScreenableError as error:
+                found.setdefault("screen", (("screen",), str(error)))
         return list(found.values())
 
 
@@ -160,13 +170,16 @@ def parse(name: str, raw: Any) -> Experiment:
     problems: list[Problem] = []
     fixed: dict[str, Any] = {}
     axes: dict[str, tuple[Any, ...] | str] = {}
+    screen = _screen(raw["screen"], kind, (*where, "screen"), problems) if "screen" in raw else None
     for field, value in raw.items():
-        if field == "kind":
+        if field in ("kind", "screen"):
             continue
         if field not in cls.model_fields:
             problems.append(((*where, field), unknown("key", field, [f for f in cls.model_fields if f != "kind"])))
         elif isinstance(value, str) and field in index_fields(cls) and (value == "all" or _SLICE.match(value)):
             axes[field] = value
+        elif isinstance(value, list) and field == "parts":
+            problems.append(((*where, field), "parts is one mapping; make an experiment for each, or sweep beside it"))
         elif isinstance(value, list):
             axes[field] = tuple(_checked(cls, field, v, (*where, field, i), problems) for i, v in enumerate(value))
             problems += _list_problems(value, (*where, field))
@@ -180,9 +193,33 @@ def parse(name: str, raw: Any) -> Experiment:
     if problems:
         raise ExperimentError(problems)
     # The order of the kind's fields, not of the file: two files with one hash must lay out one array.
-    order = list(cls.model_fields)
-    ordered = sorted(axes.items(), key=lambda item: (item[0] != LEADING_AXIS, order.index(item[0])))
-    return Experiment(name=name, kind=kind, fixed=tuple(fixed.items()), axes=tuple(ordered))
+    order = [*AXIS_ORDER, *(f for f in cls.model_fields if f not in AXIS_ORDER)]
+    ordered = sorted(axes.items(), key=lambda item: order.index(item[0]))
+    return Experiment(name=name, kind=kind, fixed=tuple(fixed.items()), axes=tuple(ordered), screen=screen)
+
+
+def _screen(raw: Any, kind: str, loc: Loc, problems: list[Problem]) -> Screen | None:
+    # Importing a metric imports every task.
+    from pipeline.metrics.objective import OBJECTIVES
+
+    if kind != "patch":
+        problems.append((loc, f"only experiments of kind patch can be screened, this one is of kind {kind}"))
+        return None
+    if not isinstance(raw, dict):
+        problems.append((loc, f"expected a mapping such as {{top: 0.1, metric: clean_projection}}, got {raw!r}"))
+        return None
+    if isinstance(raw.get("metric"), str) and raw["metric"] not in OBJECTIVES:
+        problems.append(((*loc, "metric"), unknown("differentiable metric", raw["metric"], OBJECTIVES)))
+    try:
+        return Screen.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        for item in error.errors():
+            if item["type"] == "extra_forbidden":
+                text = unknown("key", item["loc"][-1], Screen.model_fields)
+            else:
+                text = item["msg"] if item["type"] == "missing" else f"{item['msg']}, got {item['input']!r}"
+            problems.append(((*loc, *item["loc"]), text))
+        return None
 
 
 def unknown(what: str, value: Any, known: Any) -> str:

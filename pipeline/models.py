@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import json
 import os
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from interventions import families as _families  # noqa: F401  (registers every family)
-from interventions.families.family import UnknownFamilyError, family_of
+from interventions.families.family import UnknownFamilyError, UnsupportedModelError, family_of
 from interventions.sites import Geometry
 from interventions.solvers import UnsupportedSolverError
 from pipeline.tasks.task import Sampler, Task
@@ -31,8 +32,9 @@ class ModelInfo:
     Attributes
     ----------
     id : as written in the config. folder : diffusers folder. family : name of the adapter.
-    pipeline_config, denoiser_config : parsed ``model_index.json`` and the denoiser's ``config.json``.
-    fingerprint : sha256 over the denoiser's weight files.
+    pipeline_config : parsed ``model_index.json``.
+    denoiser_config : the denoiser's ``config.json``, with its class's defaults for what an older file lacks.
+    fingerprint : sha256 over the weight files of the denoisers.
     digest : sha256 over every file that takes part in a run: all weights and all settings.
     """
 
@@ -59,24 +61,40 @@ class ModelInfo:
             raise ModelError(f"{self.folder}/scheduler: diffusers has no scheduler {settings.get('_class_name')!r}.")
         return cls.from_config(settings)
 
+    def component(self, name: str) -> dict[str, Any]:
+        """Return the settings of a component, with its class's defaults for what an older file lacks.
+
+        Raises
+        ------
+        ModelError : the model has no such component.
+        """
+        return _settings(self.folder / name)
+
+    def has(self, name: str) -> bool:
+        """Whether ``model_index.json`` lists a component that is there."""
+        entry = self.pipeline_config.get(name)
+        return isinstance(entry, list) and entry[:1] != [None]
+
     def geometry(self, task: Task, sampler: Sampler) -> Geometry:
         """Return the extent of a run of this model on a task.
 
         Raises
         ------
-        ModelError : the model's scheduler is not understood.
+        ModelError : the model's scheduler, its settings or the call's arguments are not understood.
         """
         family = family_of(self.pipeline_config["_class_name"])
         try:
+            call = {**family.guided(sampler.guidance_scale), **sampler.arguments}
+            guided = sampler.guidance_scale > 1 if family.guider else family.guidance(call)
             return family.geometry(
                 self.pipeline_config,
                 self.denoiser_config,
                 scheduler=self.scheduler(),
                 steps=sampler.steps,
-                guidance=sampler.guidance_scale > 1,
-                latent_shape=task.latent_shape(),
+                guidance=guided,
+                latent_shape=task.latent_shape(self),
             )
-        except UnsupportedSolverError as error:
+        except (UnsupportedSolverError, UnsupportedModelError) as error:
             raise ModelError(f"model {self.id!r}: {error}") from error
 
 
@@ -136,7 +154,7 @@ def describe(model_id: str) -> ModelInfo:
     except UnknownFamilyError as error:
         raise ModelError(f"model {model_id!r}: {error}") from error
     denoiser = folder / family.denoiser
-    weights = sorted(denoiser.glob("*.safetensors"))
+    weights = sorted(f for name in family.denoisers for f in (folder / name).glob("*.safetensors"))
     if not weights:
         raise ModelError(f"{denoiser} holds no safetensors weights. Save the pipeline with safe_serialization=True.")
     return ModelInfo(
@@ -144,10 +162,19 @@ def describe(model_id: str) -> ModelInfo:
         folder=folder,
         family=family.name,
         pipeline_config=pipeline_config,
-        denoiser_config=_read_json(denoiser / "config.json"),
+        denoiser_config=_settings(denoiser),
         fingerprint=_fingerprint(weights),
         digest=_fingerprint([index, *sorted(f for f in folder.glob("*/*") if f.suffix in _RUN_FILES)]),
     )
+
+
+def _settings(component: Path) -> dict[str, Any]:
+    import diffusers
+
+    data = _read_json(component / "config.json")
+    cls = getattr(diffusers, str(data.get("_class_name")), None)
+    parameters = inspect.signature(cls.__init__).parameters if cls is not None else {}
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty} | data
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from interventions.base import Intervention
 from interventions.run import loop_order, replayed_loops
+from interventions.screen import PASSES
 from interventions.sites import RUNS, Geometry, Site
+from pipeline.call import argument_problems
 from pipeline.config import ConfigError, SweepConfig, format_problems, overridden_keys
 from pipeline.experiment import Experiment, ExperimentError, Grid, Problem, parse
 from pipeline.metrics.metric import METRICS, Metric
@@ -47,7 +50,8 @@ class Cost:
 
     Attributes
     ----------
-    cells, units : counts over all samples. row_forwards : denoiser forwards of one row each.
+    cells, units : counts over all samples. estimates : cells of screened experiments, all of which get an estimate.
+    row_forwards : denoiser forwards of one row each; with a screened experiment as if its cells lay evenly.
     naive_row_forwards : the same for one full run a cell. bytes : uncompressed size of the results.
     """
 
@@ -56,6 +60,7 @@ class Cost:
     row_forwards: int
     naive_row_forwards: int
     bytes: int
+    estimates: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Plan:
         """Return how many positions of the first axis a unit of this grid takes."""
         if not grid.shape:
             return 1
-        per_position = math.prod(grid.shape[1:])
+        per_position = math.prod(grid.shape[1:]) * computed_cells(grid) / grid.cells
         return min(grid.shape[0], max(1, round(self.config.unit_cells / per_position)))
 
     def windows(self, grid: Grid) -> int:
@@ -100,12 +105,18 @@ class Plan:
         return len(self.samples) * (1 if group == BASELINE else self.windows(self.by_name[group]))
 
     def units(self) -> Iterator[Unit]:
-        """Yield every unit, all units of a sample together so that its recorded runs are reused."""
+        """Yield every unit, all units of a sample together so that its recorded runs are reused.
+
+        A baseline unit screens as well, and the units that verify cells come after all of them.
+        """
         number = 0
-        for s in range(len(self.samples)):
-            yield Unit(id=number, group=BASELINE, index=s, sample=s)
-            number += 1
+        for verifying, s in itertools.product((False, True), range(len(self.samples))):
+            if not verifying:
+                yield Unit(id=number, group=BASELINE, index=s, sample=s)
+                number += 1
             for grid in self.grids:
+                if (grid.experiment.screen is not None) != verifying:
+                    continue
                 width, count = self.window(grid), self.windows(grid)
                 for w in range(count):
                     stop = min((w + 1) * width, grid.shape[0] if grid.shape else 1)
@@ -114,11 +125,21 @@ class Plan:
                     )
                     number += 1
 
+    @property
+    def screened(self) -> list[Grid]:
+        """Grids whose cells are screened, then partly verified."""
+        return [grid for grid in self.grids if grid.experiment.screen is not None]
+
+    def verifies(self, unit: Unit) -> bool:
+        """Whether a unit computes chosen cells of a screened grid."""
+        return unit.group != BASELINE and self.by_name[unit.group].experiment.screen is not None
+
     def unit_cells(self, unit: Unit) -> int:
-        """Return the number of cells of a unit; a baseline has two, its runs."""
+        """Return the number of cells of a unit, expected if they are yet to be chosen; a baseline has two, its runs."""
         if unit.group == BASELINE:
             return len(RUNS)
-        return (unit.stop - unit.start) * math.prod(self.by_name[unit.group].shape[1:])
+        grid = self.by_name[unit.group]
+        return round((unit.stop - unit.start) * math.prod(grid.shape[1:]) * computed_cells(grid) / grid.cells)
 
     def interventions(self, unit: Unit) -> list[Intervention]:
         """Return the interventions of a unit's cells, in C order."""
@@ -132,21 +153,33 @@ class Plan:
     def cost(self) -> Cost:
         """Count cells, forwards and bytes of the whole sweep."""
         n, branches = len(self.samples), len(self.geometry.branches)
-        forwards = 2 * self.geometry.steps * branches
-        cells = 0
+        forwards = 2 * self.geometry.steps * branches + self.screening_forwards()
+        cells = stored = 0
         for grid in self.grids:
-            cells += grid.cells
+            cells, stored = cells + computed_cells(grid), stored + grid.cells
             for start in range(0, grid.shape[0] if grid.shape else 1, self.window(grid)):
                 stop = min(start + self.window(grid), grid.shape[0] if grid.shape else 1)
                 rows = list(grid.interventions(range(start, stop)))
+                rows = _spread(rows, computed_cells(grid) / grid.cells)
                 forwards += sum(self.batch_forwards([rows[i] for i in batch]) for batch in self.batches(rows))
+        if self.screened:
+            # A sample is recorded a second time, for its cells to be verified.
+            forwards += 2 * self.geometry.steps * branches
+        estimates = sum(grid.cells for grid in self.screened)
         return Cost(
             cells=cells * n,
             units=sum(self.group_units(g) for g in (BASELINE, *self.by_name)),
             row_forwards=forwards * n,
-            naive_row_forwards=(cells + 2) * n * self.geometry.steps * branches,
-            bytes=4 * n * len(self.metrics) * (cells + 2 * (self.geometry.steps + 1)) + self._preview_bytes(),
+            naive_row_forwards=(stored + 2) * n * self.geometry.steps * branches,
+            bytes=4 * n * (len(self.metrics) * (stored + 2 * (self.geometry.steps + 1)) + estimates)
+            + self._preview_bytes(),
+            estimates=estimates * n,
         )
+
+    def screening_forwards(self) -> int:
+        """Return the row-forwards of screening one sample, a backward counted as two."""
+        steps = sum(len(dict(grid.axes).get("step", (0,))) for grid in self.screened)
+        return PASSES * len(RUNS) * len(self.geometry.branches) * steps
 
     def _preview_bytes(self) -> int:
         height, width = self.task.preview_size()
@@ -166,6 +199,18 @@ class Plan:
         schedule = rows[0].schedule
         loops = len(loop_order(schedule, self.geometry.steps)) - replayed_loops(rows, schedule, self.geometry)
         return branches * (len(RUNS) * len(sources) + len(rows) * loops)
+
+
+def computed_cells(grid: Grid) -> int:
+    """Return how many cells of one sample are computed rather than estimated."""
+    screen = grid.experiment.screen
+    return grid.cells if screen is None else screen.verified_cells(grid.cells)
+
+
+def _spread(rows: list[Intervention], share: float) -> list[Intervention]:
+    """Return a share of the rows, evenly spaced."""
+    count = max(1, round(share * len(rows)))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def batch_rows(rows: Sequence[Intervention], geometry: Geometry, limit: int) -> list[list[int]]:
@@ -192,12 +237,16 @@ def make_plan(config: SweepConfig, path: Path | None = None, overrides: Sequence
     ConfigError : a model that cannot be found or is of no known family, an index out of range, a cell that its
         kind refuses, or a preview that does not exist.
     """
+    task = config.build_task()
     try:
         model = describe(config.model.id)
+        unfit = [*task.problems(model, config.sampler), *_undecoded(config, task)]
+        unfit += argument_problems(model, config.sampler.arguments, task.sets(model))
+        if unfit:
+            raise _refusal(unfit, path, overrides)
+        geometry = model.geometry(task, config.sampler)
     except ModelError as error:
         raise _refusal([(("model", "id"), str(error))], path, overrides) from error
-    task = config.build_task()
-    geometry = model.geometry(task, config.sampler)
     problems: list[Problem] = []
     grids = []
     for experiment in config.build_experiments():
@@ -207,6 +256,8 @@ def make_plan(config: SweepConfig, path: Path | None = None, overrides: Sequence
             problems += error.problems
     patched = _patched(config, geometry, problems)
     count = len(task.samples())
+    for grid in grids:
+        problems += _missing_samples(grid, count)
     problems += [
         (("previews", "samples", i), f"sample {s} does not exist; there are samples 0 to {count - 1}")
         for i, s in enumerate(config.previews.samples)
@@ -227,6 +278,32 @@ def _refusal(problems: list[Problem], path: Path | None, overrides: Sequence[str
     return ConfigError(format_problems(problems, lines, str(path or "config"), overridden_keys(overrides)))
 
 
+def _undecoded(config: SweepConfig, task: Task) -> list[Problem]:
+    """Return what asks for videos of a task that decodes none."""
+    if task.decodes:
+        return []
+    problems: list[Problem] = [
+        (("metrics", i), f"{name} is a metric of videos, and this task decodes none: leave it out, or decode them")
+        for i, name in enumerate(config.metrics)
+        if METRICS[name].reads_video
+    ]
+    if config.previews.samples:
+        problems.append((("previews", "samples"), "previews are videos, and this task decodes none: set samples: []"))
+    return problems
+
+
+def _missing_samples(grid: Grid, count: int) -> list[Problem]:
+    """Return what is wrong with the other samples that an experiment reads from; its cells all read alike."""
+    cell = next(grid.interventions())
+    for ref in {ref for read in cell.reads(grid.geometry) for ref in read.source}:
+        where: Loc = ("experiments", grid.experiment.name)
+        if ref.fixed and ref.sample >= count:
+            return [(where, f"reads {ref.sample + 1} or more reference samples; the task has {count}")]
+        if not ref.fixed and ref.sample and ref.sample % count == 0:
+            return [(where, f"reads the sample {ref.sample} places on; with {count} in the task that is the same one")]
+    return []
+
+
 def _patched(config: SweepConfig, geometry: Geometry, problems: list[Problem]) -> Intervention | None:
     raw = config.previews.patched
     if not raw:
@@ -237,6 +314,8 @@ def _patched(config: SweepConfig, geometry: Geometry, problems: list[Problem]) -
     except ExperimentError as error:
         problems += [(("previews", "patched", *loc[2:]), text) for loc, text in error.problems]
         return None
+    if experiment.screen is not None:
+        problems.append((("previews", "patched", "screen"), "a preview is computed, not screened"))
     if grid.cells != 1:
         problems.append((("previews", "patched"), f"describes {grid.cells} interventions; give exactly one"))
         return None

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from interventions.base import Intervention
+from interventions.base import Intervention, RunRef
 from interventions.controls import require_controls
 from interventions.engine import Engine
-from interventions.record import Record
 from interventions.families.family import family_of
+from interventions.kinds.patch import Patch
+from interventions.record import Fork, Record
+from interventions.screen import screen
 from interventions.sites import RUNS
 from pipeline.config import SweepConfig
-from pipeline.metrics.metric import Metric, MetricInput
+from pipeline.experiment import Grid
+from pipeline.metrics.metric import Metric, MetricInput, no_video
+from pipeline.metrics.objective import OBJECTIVES
 from pipeline.models import load_pipeline
 from pipeline.plan import BASELINE, Plan, Unit, make_plan
 from pipeline.samples import Sample
-from pipeline.store import Store
+from pipeline.screening import ESTIMATE, share_of_step
+from pipeline.store import Store, StoreError
 
 RECORDS_KEPT = 2
-"""Recorded samples a replica remembers; the pool sends all units of a sample to one replica."""
+"""Recorded samples a replica remembers besides those it reads from; the pool sends a sample's units to one replica."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,31 +61,68 @@ class Computer:
     def __init__(self, plan: Plan, pipe: Any) -> None:
         self.plan, self.pipe = plan, pipe
         self.engine = Engine(pipe, family_of(type(pipe).__name__))
-        self._records: OrderedDict[int, Record] = OrderedDict()
+        self._records: OrderedDict[tuple[int, int], Record] = OrderedDict()
+        self._kept = RECORDS_KEPT
+        self._reads_video = any(metric.reads_video for metric in plan.metrics)
 
-    def record(self, sample: int) -> Record:
-        """Return the recorded clean and corrupted run of a sample, from memory if it was the last."""
-        if sample not in self._records:
-            inputs = self.plan.task.inputs(self.pipe, self.plan.samples[sample], self.plan.config.sampler)
-            self._records[sample] = self.engine.record(inputs)
-            while len(self._records) > RECORDS_KEPT:
+    def record(self, sample: int, seed: int = 0) -> Record:
+        """Return the recorded clean and corrupted run of a sample, from memory if it is there.
+
+        Parameters
+        ----------
+        seed : offset of the seed of the initial noise.
+        """
+        key = (sample, seed)
+        if key not in self._records:
+            about = self.plan.samples[sample]
+            about = replace(about, seed=about.seed + seed)
+            self._records[key] = self.engine.record(self.plan.task.inputs(self.pipe, about, self.plan.config.sampler))
+            while len(self._records) > self._kept:
                 self._records.popitem(last=False)
-        self._records.move_to_end(sample)
-        return self._records[sample]
+        self._records.move_to_end(key)
+        return self._records[key]
 
-    def cells(self, unit: Unit) -> dict[str, NDArray[np.float32]]:
-        """Compute every metric of a unit's cells, shaped as the unit's region."""
+    def others(self, sample: int) -> Callable[[RunRef], Record]:
+        """Return the way from a sample to the records that its interventions read from."""
+        return lambda ref: self.record(referred(ref, sample, len(self.plan.samples)), ref.seed)
+
+    def fork(self, sample: int, rows: Sequence[Intervention], *, keep_x0_hat: bool = False) -> Fork:
+        """Run a batch of intervened rows of a sample."""
+        record = self.record(sample)
+        reads = [read for row in rows for read in row.reads(record.geometry)]
+        # What a batch reads must outlive it: reference sets come back with the next batch.
+        self._kept = max(self._kept, RECORDS_KEPT + len({ref for read in reads for ref in read.source}))
+        return self.engine.fork(record, rows, keep_x0_hat=keep_x0_hat, others=self.others(sample))
+
+    def cells(self, unit: Unit, chosen: NDArray[np.bool_]) -> dict[str, NDArray[np.float32]]:
+        """Compute every metric of the chosen cells of a unit, shaped as the unit's region; the others stay NaN."""
         rows = self.plan.interventions(unit)
         grid = self.plan.by_name[unit.group]
-        record = self.record(unit.sample)
+        kept = np.flatnonzero(chosen)
         values = {m.name: np.full(len(rows), np.nan, dtype=np.float32) for m in self.plan.metrics}
-        for batch in self.plan.batches(rows):
-            fork = self.engine.fork(record, [rows[i] for i in batch])
+        for batch in self.plan.batches([rows[i] for i in kept]):
+            record = self.record(unit.sample)
+            fork = self.fork(unit.sample, [rows[i] for i in kept[batch]])
             measured = self.measure(record, fork.final, self.plan.samples[unit.sample])
             for name, value in measured.items():
-                values[name][batch] = value
+                values[name][kept[batch]] = value
         shape = (unit.stop - unit.start, *grid.shape[1:]) if grid.shape else ()
         return {name: value.reshape(shape) for name, value in values.items()}
+
+    def estimates(self, grid: Grid, sample: int) -> NDArray[np.float32]:
+        """Estimate the effect of every cell of a screened grid; see ``_create_screening`` of the store."""
+        assert grid.experiment.screen is not None
+        record, levels = self.record(sample), self.plan.geometry.levels
+        compute = OBJECTIVES[grid.experiment.screen.metric].compute
+        ends = [record.final[record.row(run)].float() for run in RUNS]
+        cells = [cell for cell in grid.interventions() if isinstance(cell, Patch)]
+        found = screen(
+            self.engine, record, cells, lambda x0_hat: compute(_with_given_frames(record, x0_hat).float(), *ends)
+        )
+        shares = [share_of_step(levels, cell.step) for cell in cells]
+        values = (np.array(found) * shares).astype(np.float32)
+        values[~np.isfinite(values)] = np.nan
+        return values.reshape(grid.shape)
 
     def baseline(self, sample: int) -> dict[str, NDArray[np.float32]]:
         """Compute every metric of the recorded runs, final and at every step's clean estimate."""
@@ -97,14 +139,14 @@ class Computer:
         record = self.record(sample)
         films = [[self._frames(record, x0_hat[[record.row(run)]]) for x0_hat in record.x0_hat] for run in RUNS]
         blank = [np.zeros_like(films[0][0]) for _ in films[0]]
-        films.append(self._patched_film(record, self.plan.patched) if self.plan.patched is not None else blank)
+        films.append(self._patched_film(sample, self.plan.patched) if self.plan.patched is not None else blank)
         return np.stack([np.stack(film) for film in films])
 
     def measure(self, record: Record, latents: Any, sample: Sample) -> dict[str, NDArray[np.float32]]:
         """Evaluate every metric on latents (rows, C, F, H, W); a value that is not finite becomes NaN."""
         both = record.final.float().cpu().numpy()
         given = MetricInput(
-            video=self.plan.task.decode(self.pipe, latents),
+            video=self.plan.task.video(self.pipe, latents) if self._reads_video else no_video(len(latents)),
             latents=latents.float().cpu().numpy(),
             clean=both[record.row("clean")],
             corrupted=both[record.row("corrupted")],
@@ -113,15 +155,21 @@ class Computer:
         return {m.name: _finite(m, given) for m in self.plan.metrics}
 
     def _frames(self, record: Record, latents: Any) -> NDArray[np.uint8]:
-        video = self.plan.task.decode(self.pipe, _with_given_frames(record, latents))[0]
+        given = _with_given_frames(record, latents)
+        video = self.plan.task.preview(self.pipe, given, self.plan.geometry.frames)[0]
         return np.nan_to_num(video).clip(0, 255).round().astype(np.uint8)
 
-    def _patched_film(self, record: Record, patched: Intervention) -> list[NDArray[np.uint8]]:
-        fork = self.engine.fork(record, [patched], keep_x0_hat=True)
+    def _patched_film(self, sample: int, patched: Intervention) -> list[NDArray[np.uint8]]:
+        record, fork = self.record(sample), self.fork(sample, [patched], keep_x0_hat=True)
         blank = np.zeros_like(self._frames(record, record.x0_hat[0][:1]))
         return [
             self._frames(record, fork.x0_hat[s]) if s in fork.x0_hat else blank for s in range(self.plan.geometry.steps)
         ]
+
+
+def referred(ref: RunRef, sample: int, samples: int) -> int:
+    """Return the sample that a reference means, seen from ``sample``: offsets go round the sweep's samples."""
+    return ref.sample % samples if ref.fixed else (sample + ref.sample) % samples
 
 
 class Replica:
@@ -148,28 +196,41 @@ class Replica:
     def run(self, unit: Unit) -> Receipt:
         """Compute one unit and write its region; the same unit always writes the same bytes."""
         started = time.perf_counter()
-        if unit.group == BASELINE:
-            values = self.computer.baseline(unit.sample)
-            written = self.store.write_sample(BASELINE, values, unit.sample)
-            cells, forwards = 2, 2 * self.plan.geometry.steps * len(self.plan.geometry.branches)
-            if unit.sample in self.plan.config.previews.samples:
-                position = self.plan.config.previews.samples.index(unit.sample)
-                written += self.store.write_sample(
-                    "previews", {"x0_hat": self.computer.previews(unit.sample)}, position
-                )
-        else:
-            rows = self.plan.interventions(unit)
-            values = self.computer.cells(unit)
-            written = self.store.write_cells(unit.group, values, unit.sample, unit.start, unit.stop)
-            cells = len(rows)
-            forwards = sum(self.plan.batch_forwards([rows[i] for i in b]) for b in self.plan.batches(rows))
+        receipt = self._baseline(unit) if unit.group == BASELINE else self._cells(unit)
+        return replace(receipt, seconds=round(time.perf_counter() - started, 4))
+
+    def _baseline(self, unit: Unit) -> Receipt:
+        values = self.computer.baseline(unit.sample)
+        failed, written = count_failed(values), self.store.write_sample(BASELINE, values, unit.sample)
+        for grid in self.plan.screened:
+            estimates = self.computer.estimates(grid, unit.sample)
+            failed += int(np.isnan(estimates).sum())
+            written += self.store.write_sample(grid.experiment.name, {ESTIMATE: estimates}, unit.sample)
+        if unit.sample in self.plan.config.previews.samples:
+            position = self.plan.config.previews.samples.index(unit.sample)
+            written += self.store.write_sample("previews", {"x0_hat": self.computer.previews(unit.sample)}, position)
+        forwards = 2 * self.plan.geometry.steps * len(self.plan.geometry.branches) + self.plan.screening_forwards()
+        return Receipt(cells=2, failed=failed, bytes=written, row_forwards=forwards, seconds=0.0)
+
+    def _cells(self, unit: Unit) -> Receipt:
+        rows = self.plan.interventions(unit)
+        chosen = self._chosen(unit) if self.plan.verifies(unit) else np.ones(len(rows), dtype=np.bool_)
+        values = self.computer.cells(unit, chosen)
+        written = self.store.write_cells(unit.group, values, unit.sample, unit.start, unit.stop)
+        rows = [rows[i] for i in np.flatnonzero(chosen)]
         return Receipt(
-            cells=cells,
-            failed=count_failed(values),
+            cells=len(rows),
+            failed=count_failed({name: value.ravel()[chosen] for name, value in values.items()}),
             bytes=written,
-            row_forwards=forwards,
-            seconds=round(time.perf_counter() - started, 4),
+            row_forwards=sum(self.plan.batch_forwards([rows[i] for i in b]) for b in self.plan.batches(rows)),
+            seconds=0.0,
         )
+
+    def _chosen(self, unit: Unit) -> NDArray[np.bool_]:
+        chosen = self.store.chosen(unit.group, unit.start, unit.stop)
+        if chosen is None:
+            raise StoreError(f"the cells of {unit.group} to verify are not chosen yet. Screen every sample first.")
+        return chosen
 
 
 def _with_given_frames(record: Record, estimate: Any) -> Any:

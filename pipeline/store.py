@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -18,11 +18,14 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from interventions.screen import FORMULA
 from interventions.sites import RUNS
 from pipeline.experiment import Grid
+from pipeline.metrics.objective import OBJECTIVES
 from pipeline.plan import BASELINE, Plan
+from pipeline.screening import DRAWN, ESTIMATE, ESTIMATED, EXACT, OPEN, RANKING, VERIFIED, Screen, Selection
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PENDING, DONE, FAILED = 0, 1, 2
 PREVIEW_RUNS = (*RUNS, "patched")
 _CODEC = ZstdCodec(level=1, checksum=True)
@@ -94,6 +97,24 @@ class Store:
         for name, value in values.items():
             self._array(f"{group}/{name}")[sample] = value
         return sum(int(np.asarray(v).nbytes) for v in values.values())
+
+    def chosen(self, group: str, start: int, stop: int) -> NDArray[np.bool_] | None:
+        """Return which cells of a unit of a screened experiment are computed, flat; None if that is still open."""
+        array = self._array(f"{group}/{EXACT}")
+        values = np.asarray(array[start:stop] if array.ndim else array[...], dtype=np.uint8).ravel()
+        return None if (values == OPEN).any() else values == VERIFIED
+
+    def estimates(self, group: str) -> Iterator[NDArray[np.float32]]:
+        """Yield the estimates of each sample of a screened experiment."""
+        array = self._array(f"{group}/{ESTIMATE}")
+        for sample in range(array.shape[0]):
+            yield np.asarray(array[sample], dtype=np.float32)
+
+    def write_selection(self, group: str, selection: Selection) -> None:
+        """Write which cells of a screened experiment are computed; the driver alone does this, once."""
+        self._array(f"{group}/{DRAWN}")[...] = selection.drawn.astype(np.uint8)
+        # Last, and one chunk: whoever reads it finds nothing chosen or everything.
+        self._array(f"{group}/{EXACT}")[...] = np.where(selection.exact, VERIFIED, ESTIMATED).astype(np.uint8)
 
     def status(self, group: str) -> NDArray[np.uint8]:
         """Read a group's status, one value a unit."""
@@ -230,6 +251,13 @@ def open_or_create(path: Path, plan: Plan) -> Store:
     """
     if is_store(path):
         store = open_store(path)
+        found = int(str(store.root.attrs["schema_version"]))
+        if found != SCHEMA_VERSION:
+            # Older ones order the axes of an experiment otherwise.
+            raise StoreError(
+                f"store {path} was begun with schema version {found}, this stepscope writes {SCHEMA_VERSION}. "
+                "Finish it with the version that began it, or use another --store."
+            )
         if store.config_hash != plan.config.hash():
             stored = json.loads(str(store.root.attrs["config_json"]))
             keys = "; ".join(differing(stored, plan.config.identity()))
@@ -340,6 +368,7 @@ def _root_attributes(plan: Plan) -> dict[str, Any]:
             }
         ),
         "model_digest": plan.model.digest,
+        "solver": plan.geometry.solver,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "libraries": json.dumps(
             {n: _version(n) for n in ("torch", "diffusers", "nnsight", "ray", "zarr", "dask", "numpy")}
@@ -500,3 +529,39 @@ def _create_experiment(root: Any, plan: Plan, grid: Grid) -> None:
         about = {"long_name": metric.long_name, "units": "1", "description": metric.description}
         _allocate(group, metric.name, ("sample", *grid.dims), (n, *grid.shape), chunks, **about)
     _status(group, plan.group_units(experiment.name))
+    if experiment.screen is not None:
+        _create_screening(group, plan, grid, experiment.screen)
+
+
+def _create_screening(group: Any, plan: Plan, grid: Grid, screen: Screen) -> None:
+    group.attrs["screen"] = json.dumps({**screen.model_dump(), "ranking": RANKING, "formula": FORMULA})
+    objective = OBJECTIVES[screen.metric]
+    _allocate(
+        group,
+        ESTIMATE,
+        ("sample", *grid.dims),
+        (len(plan.samples), *grid.shape),
+        (1, *grid.shape),
+        long_name=f"estimated effect on {objective.name}",
+        units="1",
+        description="First-order estimate, from one backward, of the change of this objective of the step's own clean "
+        f"estimate, times the share of it that enters the next latents. Never a measured effect. Objective: "
+        f"{objective.description}",
+    )
+    for name, what in (
+        (EXACT, "1: the metrics are computed exactly; 0: only the estimate is known and the metrics are NaN"),
+        (DRAWN, "1: the cell is computed because it was drawn at random, not for its estimate"),
+    ):
+        group.create_array(
+            name,
+            shape=grid.shape,
+            dtype="uint8",
+            chunks=grid.shape,
+            fill_value=OPEN,
+            dimension_names=grid.dims,
+            attributes={
+                "flag_values": [ESTIMATED, VERIFIED, OPEN],
+                "flag_meanings": "estimate_only verified not_chosen_yet" if name == EXACT else "no yes not_chosen_yet",
+                "description": what,
+            },
+        )

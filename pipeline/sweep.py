@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from cluster import Executor, InlinePool, PoolError, PoolOptions, WorkUnit
 from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
 from pipeline.plan import BASELINE, Plan, Unit
+from pipeline.screening import mean_over_samples, select
 from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, Store, consolidate, open_or_create
 
 FLUSH_SECONDS = 2.0
@@ -31,6 +33,7 @@ class SweepResult:
     ----------
     done, failed, pending : units of the whole store. computed : units finished by this call.
     failed_cells : cells without a finite value, over the whole store as far as this call and the journal know.
+    unscreened : samples whose baseline raised, so that they have no estimates either.
     errors : one message for each unit that failed for good.
     """
 
@@ -40,6 +43,7 @@ class SweepResult:
     computed: int = 0
     failed_cells: int = 0
     interrupted: bool = False
+    unscreened: int = 0
     errors: list[str] = field(default_factory=list)
 
 
@@ -118,22 +122,61 @@ def run_sweep(
         store.sweep_partial_files()
         ledger, journal = Ledger(store, plan), Journal(path)
         todo = [unit for unit in plan.units() if ledger.pending(unit)]
+        cells = functools.partial(_cells_of, store, plan)
         if on_start is not None:
-            on_start(len(todo), sum(len(s) for s in ledger.status.values()), sum(map(plan.unit_cells, todo)))
+            on_start(len(todo), sum(len(s) for s in ledger.status.values()), sum(map(cells, todo)))
         result = SweepResult()
         if todo:
             executor = (make_executor or inline_executor)(plan, path)
             try:
-                _drive(executor, todo, ledger, journal, result, observe, plan.unit_cells)
+                for units in _phases(todo, plan):
+                    if units and _may_start(store, plan, units, result):
+                        _drive(executor, units, ledger, journal, result, observe, cells)
             finally:
                 ledger.flush(force=True)
                 executor.close()
         ledger.flush(force=True)
-        if todo:
+        judged = not result.interrupted and _judge(path, plan, again=bool(todo))
+        if todo or judged:
             consolidate(path)
         return _summarise(result, ledger)
     finally:
         lock.release()
+
+
+def _cells_of(store: Store, plan: Plan, unit: Unit) -> int:
+    chosen = store.chosen(unit.group, unit.start, unit.stop) if plan.verifies(unit) else None
+    return plan.unit_cells(unit) if chosen is None else int(chosen.sum())
+
+
+def _phases(todo: list[Unit], plan: Plan) -> tuple[list[Unit], list[Unit]]:
+    """Part units in those that verify chosen cells and those that come before, as every sample is screened first."""
+    return [u for u in todo if not plan.verifies(u)], [u for u in todo if plan.verifies(u)]
+
+
+def _may_start(store: Store, plan: Plan, units: list[Unit], result: SweepResult) -> bool:
+    """Whether these units can run now; before the first that verify, the cells are chosen from what is stored."""
+    if result.interrupted or not plan.verifies(units[0]):
+        return not result.interrupted
+    for grid in plan.screened:
+        name, settings = grid.experiment.name, grid.experiment.screen
+        assert settings is not None
+        if store.chosen(name, 0, grid.shape[0] if grid.shape else 1) is None:
+            if result.unscreened:
+                # Chosen without them, the cells would depend on what happened to fail.
+                result.errors.append(f"{name}: cells are verified once {result.unscreened} more samples are screened")
+                return False
+            store.write_selection(name, select(mean_over_samples(store.estimates(name)), settings))
+    return True
+
+
+def _judge(path: Path, plan: Plan, *, again: bool) -> bool:
+    """Compare estimates and verified effects of every screened experiment in its attributes; return whether it did."""
+    if not plan.screened:
+        return False
+    from pipeline.effects.agreement import write_agreement
+
+    return sum(write_agreement(path, grid.experiment.name, again=again) for grid in plan.screened) > 0
 
 
 def _drive(
@@ -171,6 +214,7 @@ def _drive(
                 failed=cells(unit),
             )
             ledger.mark(unit.group, unit.index, FAILED, cells(unit))
+            result.unscreened += unit.group == BASELINE
             result.errors.append(f"unit {unit.id} ({unit.group}, sample {unit.sample}): {event.error}")
         elif isinstance(event, UnitRetried | ReplicaLost):
             journal.append(unit=getattr(event, "unit", None), replica=event.replica, retried=event.error)
@@ -220,8 +264,6 @@ def pool_options(plan: Plan) -> PoolOptions:
 
 
 def _factory(plan: Plan, path: Path) -> Callable[[], Any]:
-    import functools
-
     from pipeline.replica import Replica
 
     return functools.partial(Replica, plan.config.model_dump(mode="json"), str(path.resolve()))

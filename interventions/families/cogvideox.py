@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from interventions.families.draw import FRAMES, HEIGHT, WIDTH, draw, drawn_prompts, present, twice
+from interventions.families.draw import FRAMES, HEIGHT, PLAIN, WIDTH, draw, drawn_prompts, encoded, twice
 from interventions.families.family import Attention, Blocks, Config, Family, Tap, register_family
+from interventions.families.pixels import Pixels, block_ratios, decode_own, model_latents
 
 BLOCKS = Blocks(
     path="transformer_blocks",
@@ -45,11 +46,9 @@ def _example(pipe: Any, steps: int, guidance: bool) -> tuple[dict[str, Any], dic
     return shared, {"latents": latents.to(pipe.transformer.dtype), **prompts}
 
 
-@torch.no_grad()
-def _encode(pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
+def _encode(pipe: Any, prompts: Sequence[str], guided: bool, negative: str | None = None) -> dict[str, torch.Tensor]:
     length = pipe.transformer.config.max_text_seq_length
-    cond, uncond = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided, max_sequence_length=length)
-    return present(prompt_embeds=cond, negative_prompt_embeds=uncond)
+    return encoded(pipe, prompts, guided, negative, names=PLAIN, max_sequence_length=length)
 
 
 COGVIDEOX = register_family(
@@ -63,6 +62,7 @@ COGVIDEOX = register_family(
         patch=_patch,
         example=_example,
         encode=_encode,
+        pixels=Pixels(ratios=block_ratios, multiple=8, latents=model_latents, decode=decode_own),
         notes="Text tokens run through every block beside the video; those that leave the last block are not used.",
     )
 )

@@ -53,12 +53,15 @@ PLAIN = ("prompt_embeds", "negative_prompt_embeds")
 
 @torch.no_grad()
 def encoded(
-    pipe: Any, prompts: Sequence[str], guided: bool, negative: str = "", *, names: Sequence[str], **more: Any
+    pipe: Any, prompts: Sequence[str], guided: bool, negative: str | None = None, *, names: Sequence[str], **more: Any
 ) -> dict[str, torch.Tensor]:
-    """Return what a pipeline's ``encode_prompt`` gives, by the names under which its call takes it."""
-    found = pipe.encode_prompt(
-        list(prompts), negative_prompt=negative, do_classifier_free_guidance=guided, **more
-    )
+    """Return what a pipeline's ``encode_prompt`` gives, by the names under which its call takes it.
+
+    Without ``negative``, the negative prompt is the pipeline's own.
+    """
+    if negative is not None:
+        more["negative_prompt"] = negative
+    found = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided, **more)
     return present(**dict(zip(names, found, strict=True)))
 
 

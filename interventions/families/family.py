@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from interventions.families.pixels import Pixels
 from interventions.sites import COMPONENTS, Branch, Component, Geometry
 from interventions.solvers import describe, levels, solver_of
 
@@ -19,6 +20,10 @@ TokenLayout = Literal["rows", "frames", "places"]
 
 class UnknownFamilyError(ValueError):
     """No family adapter declares the pipeline class."""
+
+
+class UnsupportedModelError(ValueError):
+    """A pipeline of a covered class that is built or configured in a way its adapter does not understand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,26 +65,41 @@ class Blocks:
 
     Attributes
     ----------
-    path : path of the list inside the denoiser. count : key of its length in the denoiser's config.
+    path : path of the list inside the denoiser. count : key of its length in the denoiser's config, or the length.
+    at : the blocks of the list that are meant, where some are built otherwise than the rest.
     taps : components in forward order. A key is a component ("attn1"), a component's heads ("attn1.heads"), or either
         in the text stream ("attn1.text"). "residual" and "residual.text" are the block's outputs; "update" follows.
     attention : attentions whose edges can be cut, by component.
-    layout : how rows and tokens share the batch axis: (rows, tokens), (rows x frames, places) or (rows x places, frames).
+    layout : how rows and tokens share the batch axis: (rows, tokens), (rows x frames, places), (rows x places, frames).
     video_input, text_input : position and name of the block's arguments that "update" is measured from.
     """
 
     path: str
-    count: str = "num_layers"
+    count: str | int = "num_layers"
+    at: slice = field(default_factory=lambda: slice(None))
     taps: Mapping[str, Tap]
     attention: Mapping[Component, Attention] = field(default_factory=dict)
     layout: TokenLayout = "rows"
     video_input: tuple[int, str] = (0, "hidden_states")
     text_input: tuple[int, str] = (1, "encoder_hidden_states")
 
+    def length(self, denoiser_config: Config) -> int:
+        """Return the number of blocks in the list."""
+        return self.count if isinstance(self.count, int) else int(denoiser_config[self.count])
+
     @property
     def components(self) -> tuple[Component, ...]:
-        """Components of these blocks, in forward order, "update" and "residual" last."""
-        return tuple(c for c in COMPONENTS if c in self.taps or (c == "update" and "residual" in self.taps))
+        """Components of these blocks in the video stream, in forward order, "update" and "residual" last."""
+        return self._of("")
+
+    @property
+    def text_components(self) -> tuple[Component, ...]:
+        """The same in the text stream."""
+        return self._of(".text")
+
+    def _of(self, detail: str) -> tuple[Component, ...]:
+        taps = {key.removesuffix(detail) for key in self.taps if key.endswith(detail)}
+        return tuple(c for c in COMPONENTS if c in taps or (c == "update" and "residual" in taps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +125,18 @@ class Family:
     set_steps : set a scheduler's steps as the pipeline does: from scheduler, number of steps, latent (F, H, W).
     given_frames : latent frames that are conditioning, from the pipeline's config.
     calls : denoiser calls of a step with guidance and without. guidance : whether it is on, from the call's arguments.
+    guider : whether guidance is on, from the pipeline, where its call is not told.
+    guided : the pipeline call's arguments for a guidance scale.
     latent_layout : axes of a row of latents and predictions inside the loop. final_layout : the same for what the
         pipeline returns, where it differs.
     extent : (frames, height, width) of the latents from the pipeline and the call's arguments and latents.
     patch : (frames, height, width) of the latents that one token covers, from the denoiser's config.
-    heads : key of the number of heads in the denoiser's config; empty where heads cannot be addressed.
+    heads : number of heads, from the denoiser's config; 0 where heads cannot be addressed.
     example : arguments of a smallest run with random conditioning, two rows, for the controls: from the pipeline,
         the number of steps and whether guidance is on; shared arguments and per-run tensors.
-    encode : prompts to per-run tensors: from the pipeline, prompts, and whether guidance is on.
+    encode : prompts to per-run tensors: from the pipeline, prompts, whether guidance is on, and
+        a negative prompt in place of the pipeline's own.
+    pixels : how videos become latents and back; None where a run cannot be made from prompts alone.
     notes : what a user should know, one sentence.
     """
 
@@ -132,13 +156,16 @@ class Family:
         default_factory=lambda: {True: (("cond",), ("uncond",)), False: (("cond",),)},
     )
     guidance: Callable[[Mapping[str, Any]], bool] = lambda shared: float(shared.get("guidance_scale", 1.0)) > 1
+    guider: Callable[[Any], bool] | None = None
+    guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
     latent_layout: LatentLayout = "CFHW"
     final_layout: LatentLayout | None = None
     extent: Callable[[Any, Mapping[str, Any], torch.Tensor], tuple[int, int, int]] | None = None
     patch: Callable[[Config], tuple[int, int, int]] = lambda config: tuple(config["patch_size"])  # type: ignore[return-value]
-    heads: str = "num_attention_heads"
+    heads: Callable[[Config], int] = lambda config: int(config["num_attention_heads"])
     example: Callable[[Any, int, bool], tuple[dict[str, Any], dict[str, torch.Tensor]]] | None = None
-    encode: Callable[[Any, Sequence[str], bool], dict[str, torch.Tensor]] | None = None
+    encode: Callable[..., dict[str, torch.Tensor]] | None = None
+    pixels: Pixels | None = None
     notes: str = ""
 
     @property
@@ -149,7 +176,7 @@ class Family:
     def addresses(self, denoiser_config: Config) -> list[BlockAddress]:
         """Return every block of a denoiser in forward order."""
         lists = [
-            [BlockAddress(blocks=b, path=f"{b.path}.{i}") for i in range(int(denoiser_config[b.count]))]
+            [BlockAddress(blocks=b, path=f"{b.path}.{i}") for i in range(b.length(denoiser_config))[b.at]]
             for b in self.blocks
         ]
         if self.interleaved:
@@ -186,9 +213,9 @@ class Family:
         frames, height, width = (n // p for n, p in zip(latent_shape, patch, strict=True))
         components = tuple(c for c in COMPONENTS if any(c in b.components for b in self.blocks))
         taps = {key for b in self.blocks for key in b.taps}
-        text = tuple(c for c in COMPONENTS if f"{c}.text" in taps or (c == "update" and "residual.text" in taps))
-        heads = tuple(c for c in COMPONENTS if f"{c}.heads" in taps)
-        denoisers = tuple(d for d in self.denoisers if d == self.denoiser or _present(pipeline_config, d))
+        count = self.heads(denoiser_config)
+        heads = tuple(c for c in COMPONENTS if f"{c}.heads" in taps) if count else ()
+        denoisers = tuple(d for d in self.denoisers if _present(pipeline_config, d)) or (self.denoiser,)
         return Geometry(
             steps=steps,
             blocks=len(addresses),
@@ -200,9 +227,10 @@ class Family:
             calls=self.calls[guidance],
             components=components,
             block_components=_if_different([a.blocks.components for a in addresses]),
-            heads=int(denoiser_config[self.heads]) if self.heads and heads else 0,
+            heads=count if heads else 0,
             head_components=heads,
-            text_components=text,
+            text_components=tuple(c for c in COMPONENTS if any(c in b.text_components for b in self.blocks)),
+            block_text_components=_if_different([a.blocks.text_components for a in addresses]),
             knockout=tuple(c for c in COMPONENTS if any(c in b.attention for b in self.blocks)),
             block_knockout=_if_different([tuple(a.blocks.attention) for a in addresses]),
             denoisers=denoisers,

@@ -10,6 +10,7 @@ import torch
 
 from interventions.families.draw import FRAMES, HEIGHT, WIDTH, draw, masked_prompts, twice
 from interventions.families.family import Attention, Blocks, Config, Family, Tap, register_family
+from interventions.families.pixels import Pixels, decode_scaled
 
 JOINT = Attention(path="attn", order="video_text")
 DUAL = Blocks(
@@ -75,12 +76,12 @@ def _example(pipe: Any, steps: int, guidance: bool) -> tuple[dict[str, Any], dic
 
 
 @torch.no_grad()
-def _encode(pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
+def _encode(pipe: Any, prompts: Sequence[str], guided: bool, negative: str | None = None) -> dict[str, torch.Tensor]:
     names = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
     encoded = dict(zip(names, pipe.encode_prompt(list(prompts)), strict=True))
     if guided:
-        negative = pipe.encode_prompt([""] * len(prompts))
-        encoded |= {f"negative_{name}": tensor for name, tensor in zip(names, negative, strict=True)}
+        uncond = pipe.encode_prompt([negative or ""] * len(prompts))
+        encoded |= {f"negative_{name}": tensor for name, tensor in zip(names, uncond, strict=True)}
     return encoded
 
 
@@ -97,6 +98,7 @@ HUNYUAN_VIDEO = register_family(
         patch=square_patch,
         example=_example,
         encode=_encode,
+        pixels=Pixels(decode=decode_scaled),
         notes=(
             "Guidance is true_cfg_scale, as guidance_scale is only told to the model. In single-stream blocks attn1 "
             "and ffn are what enters the shared output projection, ffn after its activation."

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from interventions.families.draw import FRAMES, HEIGHT, WIDTH, draw, masked_prompts, present, twice
+from interventions.families.draw import FRAMES, HEIGHT, MASKED, WIDTH, draw, encoded, masked_prompts, twice
 from interventions.families.family import Attention, Blocks, Family, Tap, register_family
+from interventions.families.pixels import Pixels, scaling_ratios
 
 BLOCKS = Blocks(
     path="transformer_blocks",
@@ -69,11 +71,13 @@ def _example(pipe: Any, steps: int, guidance: bool) -> tuple[dict[str, Any], dic
 
 
 @torch.no_grad()
-def encode(pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
-    """Return embeddings and masks of prompts, and of the empty prompt for each if guided."""
-    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    encoded = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided)
-    return present(**dict(zip(names, encoded, strict=True)))
+def _decode(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    vae = pipe.vae
+    mean, std = (s.view(1, -1, 1, 1, 1).to(latents) for s in (vae.latents_mean, vae.latents_std))
+    latents = (latents * std / vae.config.scaling_factor + mean).to(vae.dtype)
+    # The pipeline's default: decoders that are told a noise level are told that there is none.
+    level = latents.new_zeros(len(latents)) if vae.config.timestep_conditioning else None
+    return vae.decode(latents, level, return_dict=False)[0]
 
 
 LTX = register_family(
@@ -89,7 +93,8 @@ LTX = register_family(
         extent=packed_extent,
         patch=lambda config: (1, 1, 1),
         example=_example,
-        encode=encode,
+        encode=partial(encoded, names=MASKED),
+        pixels=Pixels(ratios=scaling_ratios, multiple=32, decode=_decode),
         notes="Latents go in and come out packed: (rows, tokens, channels), frame by frame.",
     )
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from interventions.families.draw import draw, masked_prompts, twice
-from interventions.families.family import Family, Tap, register_family
-from interventions.families.ltx import BLOCKS, encode, packed_example, packed_extent, set_shifted_steps
+from interventions.families.draw import MASKED, draw, encoded, masked_prompts, twice
+from interventions.families.family import Family, Tap, UnsupportedModelError, register_family
+from interventions.families.ltx import BLOCKS, packed_example, packed_extent, set_shifted_steps
 
 # The blocks of LTX with an audio stream beside each part; they return (video, audio).
 AUDIO_VIDEO_BLOCKS = replace(BLOCKS, taps={**BLOCKS.taps, "residual": Tap(index=0)})
@@ -24,7 +25,7 @@ def _guidance(shared: Mapping[str, Any]) -> bool:
         # The pipeline takes an audio scale of 0 for the video's.
         audio = float(shared.get(f"audio_{name}_scale", default) or video)
         if max(video, audio) > off:
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"{name}_scale={video} and audio_{name}_scale={audio} add a denoiser call to every step, which cannot "
                 f"be replayed row by row. Set both to {off}."
             )
@@ -69,7 +70,7 @@ LTX2 = register_family(
         extent=packed_extent,
         patch=lambda config: (1, 1, 1),
         example=_example,
-        encode=encode,
+        encode=partial(encoded, names=MASKED),
         notes=(
             "Only video tokens are addressed; what video reads from audio is part of the update, the audio runs on "
             "with it. Give packed latents, and set stg_scale, modality_scale and their audio_ forms to off."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 
-from interventions.families.draw import FRAMES, HEIGHT, WIDTH, draw, drawn_prompts, present, twice
+from interventions.families.draw import FRAMES, HEIGHT, PLAIN, WIDTH, draw, drawn_prompts, encoded, twice
 from interventions.families.family import Attention, Blocks, Config, Family, Tap, register_family
+from interventions.families.pixels import Pixels, decode_normalised, wan_ratios
 
 BLOCKS = Blocks(
     path="blocks",
@@ -55,13 +57,12 @@ def _example(pipe: Any, steps: int, guidance: bool) -> tuple[dict[str, Any], dic
     return shared, {"latents": latents, **drawn_prompts(pipe, length, config.text_dim, guidance)}
 
 
-@torch.no_grad()
-def _encode(pipe: Any, prompts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
-    # What the pipelines' own call asks for; the default of encode_prompt is shorter.
-    cond, uncond = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided, max_sequence_length=512)
-    return present(prompt_embeds=cond, negative_prompt_embeds=uncond)
-
-
+PIXELS = Pixels(
+    ratios=wan_ratios,
+    channels=lambda config: int(config["out_channels"]),
+    image=lambda config: config.get("_class_name") == "WanImageToVideoPipeline",
+    decode=decode_normalised,
+)
 WAN = register_family(
     Family(
         name="wan",
@@ -73,7 +74,9 @@ WAN = register_family(
         conditioning=("encoder_hidden_states", "encoder_hidden_states_image"),
         given_frames=_given_frames,
         example=_example,
-        encode=_encode,
+        # What the pipelines' own call asks for; the default of encode_prompt is shorter.
+        encode=partial(encoded, names=PLAIN, max_sequence_length=512),
+        pixels=PIXELS,
         notes=(
             "The image of image-to-video is shared by all runs. In Wan 2.1 attn2 reads tokens of the image beside the "
             "text's, and a knock-out of text leaves them."

@@ -19,6 +19,7 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from pipeline.effects.state import GroupedMoments, Key
+from pipeline.screening import ESTIMATE, EXACT, VERIFIED
 from pipeline.store import DONE as DONE
 from pipeline.store import FAILED as FAILED
 from pipeline.store import PENDING as PENDING
@@ -155,7 +156,20 @@ class Experiment:
     @property
     def metrics(self) -> list[str]:
         """Names of the stored metrics."""
-        return [str(n) for n, v in self.dataset.data_vars.items() if v.dims[:1] == ("sample",) and v.dtype.kind == "f"]
+        found = [str(n) for n, v in self.dataset.data_vars.items() if v.dims[:1] == ("sample",) and v.dtype.kind == "f"]
+        return [name for name in found if not (self.screened and name == ESTIMATE)]
+
+    @property
+    def screened(self) -> bool:
+        """Whether every cell has an estimate and only some are computed."""
+        return "screen" in self.dataset.attrs
+
+    @property
+    def verified(self) -> NDArray[np.bool_]:
+        """Which cells are computed, shaped as the axes."""
+        if not self.screened:
+            return np.ones([self.dataset.sizes[a] for a in self.axes], dtype=np.bool_)
+        return np.asarray(self.dataset[EXACT].values == VERIFIED)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -237,7 +251,7 @@ class Experiment:
             "clean": clean,
             "corrupted": corrupted,
             "reference": self.reference(clean, corrupted),
-            "due": due,
+            "due": due & self.verified,
         }
 
     def _sample_positions(self, total: int) -> NDArray[np.int64]:

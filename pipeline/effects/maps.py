@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from dask.base import compute
 from dask.delayed import delayed
 from numpy.typing import NDArray
 
+from pipeline.effects.agreement import ATTRIBUTE, agreement
 from pipeline.effects.experiment import (
     DONE,
     FAILED,
@@ -36,7 +39,8 @@ from pipeline.effects.inference import (
     resample_counts,
     sign_flips,
 )
-from pipeline.effects.state import GroupedMoments, Key
+from pipeline.effects.state import GroupedMoments, Key, Moments
+from pipeline.screening import DRAWN, ESTIMATE, EXACT
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +162,9 @@ def estimate(
         variables |= _metric_variables(experiment, metric, state, recorded, settings)
     attrs = {k: v for k, v in experiment.dataset.attrs.items() if not k.startswith("_")} | settings.attrs()
     attrs |= _counts(experiment, recorded, unpaired)
+    if experiment.screened:
+        variables |= _screening(experiment, recorded, chunk_samples)
+        attrs[ATTRIBUTE] = json.dumps(agreement(experiment, states))
     return xr.Dataset(variables, coords=_coordinates(experiment, recorded), attrs=attrs)
 
 
@@ -178,6 +185,26 @@ def _metric_variables(
     for name, values in _run_means(experiment, metric, recorded, settings).items():
         variables[f"{metric}_{name}"] = xr.Variable(("pair",), values, _describe(metric, name, settings))
     return variables
+
+
+def _screening(experiment: Experiment, recorded: Recorded, chunk_samples: int) -> dict[str, xr.Variable]:
+    """Return the mean estimate of every cell per pair kind, and which cells are verified; never mixed with effects."""
+    array, states = experiment.dataset[ESTIMATE], []
+    for start in range(0, array.sizes["sample"], chunk_samples):
+        cut = slice(start, start + chunk_samples)
+        values = array[cut].values
+        states.append(GroupedMoments.of(values.reshape(len(values), -1), recorded.keys[cut]))
+    grouped = reduce(GroupedMoments.merge, states)
+    rows = []
+    for pair in _pair_names(recorded):
+        units = grouped.regroup(lambda k, pair=pair: (k[1],) if pair in (ALL_PAIRS, k[0]) else None).moments.mean  # type: ignore[misc]
+        rows.append(Moments.of(units).mean.reshape(array.shape[1:]))
+    about = {**array.attrs, "long_name": f"mean of the {array.attrs.get('long_name', ESTIMATE)}"}
+    exact = experiment.dataset[EXACT]
+    return {
+        ESTIMATE: xr.Variable(("pair", *experiment.axes), np.stack(rows), about),
+        EXACT: xr.Variable(experiment.axes, np.asarray(exact.values, dtype=np.uint8), dict(exact.attrs)),
+    }
 
 
 def _estimate_pair(state: CellStates, pair: str, settings: Settings) -> dict[str, NDArray[Any]]:
@@ -263,7 +290,8 @@ def _counts(experiment: Experiment, recorded: Recorded, unpaired: list[str]) -> 
 def _coordinates(experiment: Experiment, recorded: Recorded) -> dict[str, Any]:
     found: dict[str, Any] = {"pair": ("pair", np.array(_pair_names(recorded), dtype=object))}
     for name, coordinate in experiment.dataset.variables.items():
-        if name in ("sample", "status") or not set(coordinate.dims) <= set(experiment.axes) or not coordinate.dims:
+        of_cells = coordinate.dims and set(coordinate.dims) <= set(experiment.axes)
+        if name in ("sample", "status", EXACT, DRAWN) or not of_cells:
             continue
         values = coordinate.values
         # Fixed-width numpy strings have no stable Zarr v3 type; objects become its `string`.

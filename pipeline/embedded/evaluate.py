@@ -133,9 +133,9 @@ def rollout(pipe: Any, task: MazeTask, maze: int, rows: list[tuple[str, int]], s
             output_type="latent",
             return_dict=False,
         )[0]
-    last = np.stack([task.decode(pipe, estimate[:, :, -1:])[:, 0] for estimate in estimates])
+    last = np.stack([task.video(pipe, estimate[:, :, -1:])[:, 0] for estimate in estimates])
     return Rollout(
-        final=maze_score.classify(task.decode(pipe, final)),
+        final=maze_score.classify(task.video(pipe, final)),
         x0_hat=maze_score.classify(last),
         lean=maze_score.lean(last),
         sigmas=tuple(float(s) for s in pipe.scheduler.sigmas[: len(estimates)]),

@@ -25,6 +25,7 @@ clean_projection = register_metric(
         description="Projection of the final latents onto the segment from the recorded corrupted run (0) to the "
         "recorded clean run (1): <x - b, a - b> / |a - b|^2; NaN if the two runs are equal.",
         tasks=(),
+        reads_video=False,
         compute=_clean_projection,
     )
 )
@@ -36,6 +37,7 @@ latent_distance = register_metric(
         description="Root mean square difference between the final latents and those of the recorded clean run, in "
         "units of the latents.",
         tasks=(),
+        reads_video=False,
         compute=_latent_distance,
     )
 )

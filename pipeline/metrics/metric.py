@@ -17,7 +17,7 @@ class MetricInput:
 
     Attributes
     ----------
-    video : decoded by the task, (rows, frames, y, x, 3), RGB 0 to 255.
+    video : decoded by the task, (rows, frames, y, x, 3), RGB 0 to 255; without frames if no metric reads it.
     latents : (rows, C, F, H, W).
     clean, corrupted : final latents of the recorded runs, (C, F, H, W).
     sample : the problem.
@@ -43,6 +43,7 @@ class Metric:
     description : the definition in one or two sentences, kept in the store's attributes.
     tasks : names of the tasks it is defined for; empty for any task.
     compute : one value a row; a registered metric is NaN for rows that hold a non-finite number.
+    reads_video : whether it reads ``video``; a sweep decodes only if one of its metrics does.
     floor : value for a video that does nothing (a static first frame), None where that has no meaning.
     """
 
@@ -51,6 +52,7 @@ class Metric:
     description: str
     tasks: tuple[str, ...]
     compute: Compute
+    reads_video: bool = True
     floor: Callable[[Sample], float] | None = None
 
     def defined_for(self, task: str) -> bool:
@@ -73,6 +75,11 @@ def register_metric(metric: Metric) -> Metric:
     guarded = replace(metric, compute=_finite_rows_only(metric.name, metric.compute))
     METRICS[metric.name] = guarded
     return guarded
+
+
+def no_video(rows: int) -> NDArray[np.float32]:
+    """Return videos of no frames, in place of those that no metric reads."""
+    return np.zeros((rows, 0, 0, 0, 3), dtype=np.float32)
 
 
 def _finite_rows_only(name: str, compute: Compute) -> Compute:

@@ -20,6 +20,7 @@ from pipeline.report.drawing import (
     INK,
     LINE_COLOURS,
     MUTED,
+    PAPER,
     RUN_COLOURS,
     Picture,
     mark_no_data,
@@ -36,6 +37,8 @@ WIDTH = 10.6
 
 COLUMNS, LINES, PANELS = 6, 6, 3
 SIGNIFICANT = 0.05
+DARK = 0.36
+"""Distance from the middle of the colour scale, which is 1 long, beyond which it is dark."""
 
 
 def experiment_pictures(sweep: Sweep, name: str, metric: str, estimand: str, pairs: Sequence[str]) -> list[Picture]:
@@ -121,7 +124,7 @@ def _map_figure(
             mark_no_data(axes)
             axes.imshow(cell, cmap=DIVERGING, norm=norm, origin="lower", aspect="auto", interpolation="nearest")
             p = effects[f"{metric}_p_fwer"].sel(pair=pair).isel(position).transpose(view.y, view.x).values
-            _mark_significant(axes, p)
+            _mark_significant(axes, p, norm(cell))
             most = max(3, int(5 * (width - 1.5) / columns / 2.6))
             _index_ticks(axes, effects, view.x, view.y, most)
             if r == 0 and sigma is not None:
@@ -135,10 +138,12 @@ def _map_figure(
     return figure
 
 
-def _mark_significant(axes: Axes, p: NDArray[np.float64]) -> None:
+def _mark_significant(axes: Axes, p: NDArray[np.float64], shade: NDArray[np.float64]) -> None:
     y, x = np.nonzero(p <= SIGNIFICANT)
     size = float(np.clip(500 / max(p.size, 1), 0.6, 4))
-    axes.scatter(x, y, s=size, color=INK, linewidths=0, zorder=3)
+    # A dark dot is lost on either dark end of the scale.
+    colours = [PAPER if abs(shade[at] - 0.5) > DARK else INK for at in zip(y, x, strict=True)]
+    axes.scatter(x, y, s=size, color=colours, linewidths=0, zorder=3)
 
 
 def _index_ticks(axes: Axes, effects: xr.Dataset, x: str, y: str, most: int) -> None:
@@ -169,9 +174,14 @@ def curves(sweep: Sweep, name: str, metric: str, pairs: Sequence[str]) -> Pictur
     _finish_curves(sweep, grid, effects, metric, view.x, pairs)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels, width), frameon=False)
     alt = f"Curves of {sweep.long_name(metric)} under {name} against {view.x}, with intervals and reference lines"
     return save(figure, file_name(name, metric, "curve", pairs, 0), alt)
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """Return how many entries fit side by side, by an average width of a letter and of a key in inches."""
+    return max(1, min(len(labels), 6, int(width / (0.66 + 0.066 * max(map(len, labels))))))
 
 
 def _facets(

@@ -62,11 +62,18 @@ def combinations(effects: xr.Dataset, dims: tuple[str, ...]) -> list[tuple[str, 
 
 
 def value_label(effects: xr.Dataset, dim: str, index: int) -> str:
-    """Name one value of an axis: text as it is, numbers with the axis."""
+    """Name one value of an axis: words as they are, numbers and sets of them with the axis."""
     if dim not in effects.coords:
         return f"{dim} {index}"
     value = effects[dim].values[index]
-    return str(value).replace("_", " ") if isinstance(value, str) else f"{dim} {value:g}"
+    name = dim.replace("_", " ")
+    if isinstance(value, np.bool_):
+        return name if value else f"not {name}"
+    if not isinstance(value, str):
+        return f"{name} {value:g}"
+    if dim == "run":
+        return f"{value} run"
+    return f"{name} {value}" if value[:1].isdigit() else value.replace("_", " ")
 
 
 def sigma_of(dataset: xr.Dataset, x: str | None) -> NDArray[np.float64] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from pipeline.samples import Sample
 from pipeline.tasks import maze_world as world
 from pipeline.tasks.maze_score import held_out_maze
 from pipeline.tasks.task import Sampler, Task, register_task
+
+if TYPE_CHECKING:
+    from pipeline.models import ModelInfo
 
 PROMPTS = ("red", "blue", "any")
 MAX_PROMPT_TOKENS = 4
@@ -72,7 +75,11 @@ class MazeTask(Task):
                     )
         return samples
 
-    def latent_shape(self) -> tuple[int, int, int]:
+    def sets(self, model: ModelInfo) -> frozenset[str]:
+        """Return the size, the first frame and the guidance."""
+        return frozenset({"image", "height", "width", "num_frames", "guidance_scale"})
+
+    def latent_shape(self, model: ModelInfo | None = None) -> tuple[int, int, int]:
         """Return the latent frames and two latents a cell."""
         return world.FRAMES, LATENTS_PER_CELL * world.SIZE, LATENTS_PER_CELL * world.SIZE
 
@@ -103,13 +110,14 @@ class MazeTask(Task):
                 "num_frames": PIXEL_FRAMES,
                 "num_inference_steps": sampler.steps,
                 "guidance_scale": sampler.guidance_scale,
+                **sampler.arguments,
             },
             per_run=per_run,
             names=("clean", "corrupted"),
             seed=(maze_index, sample.seed),
         )
 
-    def decode(self, pipe: Any, latents: Any) -> NDArray[np.float32]:
+    def video(self, pipe: Any, latents: Any) -> NDArray[np.float32]:
         """Undo the codec's normalisation and average the latents of each cell: one pixel a cell."""
         config = pipe.vae.config
         mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +11,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from interventions.record import RunInputs
 from pipeline.samples import Sample
+from pipeline.yaml_source import Loc
+
+if TYPE_CHECKING:
+    from pipeline.models import ModelInfo
+
+Scalar = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str | None
 
 
 class Sampler(BaseModel):
-    """How the pipeline denoises."""
+    """How the pipeline denoises; ``arguments`` are passed on to its call."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    arguments: dict[str, Scalar] = Field(default_factory=dict)
 
 
 class Task(BaseModel):
@@ -31,25 +38,46 @@ class Task(BaseModel):
 
     name: str
 
+    @property
+    def decodes(self) -> bool:
+        """Whether latents of its runs are decoded at all; metrics of videos and previews need that."""
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything of the task that can change a result, JSON-able."""
+        return self.model_dump(mode="json")
+
+    def sets(self, model: ModelInfo) -> frozenset[str]:
+        """Return the names of the pipeline call's arguments that ``inputs`` sets."""
+        raise NotImplementedError
+
+    def problems(self, model: ModelInfo, sampler: Sampler) -> list[tuple[Loc, str]]:
+        """Return why the task cannot run on a model: places in the config, and what is wrong there."""
+        return []
+
     def samples(self) -> list[Sample]:
         """Return every sample of the sweep, in the order of the store's ``sample`` dimension."""
         raise NotImplementedError
 
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self, model: ModelInfo) -> tuple[int, int, int]:
         """Return (frames, height, width) of the latents."""
         raise NotImplementedError
 
     def preview_size(self) -> tuple[int, int]:
-        """Return (height, width) of the frames that ``decode`` gives."""
+        """Return (height, width) of the frames that ``preview`` gives."""
         raise NotImplementedError
 
     def inputs(self, pipe: Any, sample: Sample, sampler: Sampler) -> RunInputs:
         """Return the inputs of the clean and the corrupted run of a sample, in this order."""
         raise NotImplementedError
 
-    def decode(self, pipe: Any, latents: Any) -> NDArray[np.float32]:
+    def video(self, pipe: Any, latents: Any) -> NDArray[np.float32]:
         """Decode latents (rows, C, F, H, W) to videos (rows, frames, y, x, 3), RGB 0 to 255."""
         raise NotImplementedError
+
+    def preview(self, pipe: Any, latents: Any, frames: int) -> NDArray[np.float32]:
+        """Decode latents to small videos of so many frames, (rows, frames, y, x, 3), RGB 0 to 255."""
+        return self.video(pipe, latents)
 
 
 TASKS: dict[str, type[Task]] = {}

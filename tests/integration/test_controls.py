@@ -62,7 +62,9 @@ def failing(engine, inputs):
         pytest.param({"count": "num_attention_heads"}, "blocks run in the declared order", id="a-block-too-few"),
         pytest.param({"taps": {**BLOCKS.taps, "residual": Tap(path="ffn")}}, "a restored last residual", id="residual"),
         pytest.param(
-            {"taps": {**BLOCKS.taps, "attn1.heads": Tap(path="attn1.to_q", end="input")}}, "all heads of attn1", id="heads"
+            {"taps": {**BLOCKS.taps, "attn1.heads": Tap(path="attn1.to_q", end="input")}},
+            "all heads of attn1",
+            id="heads",
         ),
     ],
 )

@@ -163,10 +163,10 @@ def sites(case: Case) -> list[dict[str, Any]]:
     for layer in range(geometry.blocks):
         for component in geometry.components_of(layer):
             found.append({"layer": layer, "component": component})
-            if component in geometry.text_components:
-                found.append({"layer": layer, "component": component, "stream": "text"})
             if component in geometry.head_components:
                 found += [{"layer": layer, "component": component, "head": h} for h in range(geometry.heads)]
+        for component in geometry.components_of(layer, "text"):
+            found.append({"layer": layer, "component": component, "stream": "text"})
     return found
 
 
@@ -233,19 +233,20 @@ def test_branches_carry_their_prompts(case):
 
 def test_prompt_arguments_are_all_that_tells_runs_apart(case):
     """Of the tensors that a denoiser receives at the first step, exactly the conditioning differs between the runs."""
-    seen: list[dict[str, Any]] = []
+    seen: list[dict[str, torch.Tensor]] = []
+    # Copies, as Kandinsky writes each step's result into the latents of the step.
     hook = case.denoiser(0).register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+        lambda module, args, kwargs: seen.append(
+            {name: value.clone() for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        ),
+        with_kwargs=True,
     )
     with hooked(hook):
         case.engine.bare(case.record.inputs)
     call = case.geometry.call_of("cond")
     at = 2 * case.geometry.calls[call].index("cond")
-    differing = {
-        name
-        for name, value in seen[call].items()
-        if isinstance(value, torch.Tensor) and len(value) > 1 and not torch.equal(value[at], value[at + 1])
-    }
+    rowwise = {name: value for name, value in seen[call].items() if value.ndim > 1 and len(value) > 1}
+    differing = {name for name, value in rowwise.items() if not torch.equal(value[at], value[at + 1])}
     assert differing
     assert differing <= set(case.engine.family.conditioning)
 

@@ -82,7 +82,8 @@ def test_interventions_do_something_and_controls_do_not(undisturbed):
     assert (clean == 0).all()
     patch = np.asarray(root["patch_map/latent_distance"])
     directions = list(root["patch_map/direction"][:])
-    assert (patch[:, :, directions.index("self")] < 1e-5).all()
+    assert root["patch_map/latent_distance"].metadata.dimension_names[-1] == "direction"
+    assert (patch[..., directions.index("self")] < 1e-5).all()
     assert (np.asarray(root["noise_step/latent_distance"]) > 1e-3).all()
     assert (np.asarray(root["skip/latent_distance"]) > 1e-5).all()
 

@@ -37,7 +37,10 @@ def worst_differences(store: Store, cells: int, seed: int) -> list[tuple[str, st
         # Every experiment is equally likely, else nearly all cells would come from the largest map.
         grid = plan.grids[int(rng.integers(len(plan.grids)))]
         sample = int(rng.integers(len(plan.samples)))
-        index = tuple(int(rng.integers(n)) for n in grid.shape)
+        name = grid.experiment.name
+        exact = np.ones(grid.shape) if grid.experiment.screen is None else np.asarray(store.root[f"{name}/exact"][...])
+        computed = np.argwhere(exact == 1)
+        index = tuple(int(i) for i in computed[int(rng.integers(len(computed)))])
         cell = grid.intervention(index)
         inputs = plan.task.inputs(pipe, plan.samples[sample], plan.config.sampler)
         latents = recompute(pipe, inputs, plan.geometry, cell)
@@ -45,7 +48,6 @@ def worst_differences(store: Store, cells: int, seed: int) -> list[tuple[str, st
         clean, corrupted = loop.run(0)[0], loop.run(1)[0]
         reference = _Reference(torch.cat([clean, corrupted]), inputs.names)
         found = measure.measure(reference, latents, plan.samples[sample])  # type: ignore[arg-type]
-        name = grid.experiment.name
         stored = {m: store.root[f"{name}/{m}"][(sample, *index)] for m in found}
         worst = max(abs(float(stored[m]) - float(found[m][0])) for m in found)
         rows.append((name, repr(cell), worst))

@@ -100,7 +100,7 @@ def test_the_watch_is_taken_off_when_a_run_fails(pipe):
 
 def test_a_rollout_runs_the_problem_that_sweeps_record(pipe):
     shown = evaluate.rollout(pipe, MazeTask(), 4, [("red", 0), ("blue", 0)], steps=3)
-    expected = maze_score.classify(MazeTask().decode(pipe, call(pipe, maze=4)))
+    expected = maze_score.classify(MazeTask().video(pipe, call(pipe, maze=4)))
     assert np.array_equal(shown.final, expected)
     assert shown.x0_hat.shape == (3, 2, world.SIZE, world.SIZE)
     assert shown.lean.shape == shown.x0_hat.shape
