@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from pipeline.models import load_pipeline
+from pipeline.models import ModelError, load_pipeline
 from pipeline.plan import Plan
 from pipeline.replica import Computer
 
@@ -15,13 +15,21 @@ def seconds_per_row_forward(plan: Plan) -> float:
     Returns
     -------
     Seconds of one replica for one row of one denoiser forward.
+
+    Raises
+    ------
+    ModelError : the pipeline refuses its call.
     """
     import torch
 
     torch.set_num_threads(plan.config.engine.threads)
     pipe = load_pipeline(plan.model, dtype=plan.config.model.dtype, device=plan.config.model.device)
     computer = Computer(plan, pipe)
-    record = computer.record(0)
+    try:
+        record = computer.record(0)
+    except ValueError as error:
+        # The pipeline's own checks of its call, which no plan can know.
+        raise ModelError(f"model {plan.model.id!r} refuses this run: {error}") from error
     grid = plan.grids[0]
     rows = list(grid.interventions(range(min(grid.shape[0], plan.window(grid))) if grid.shape else None))
     batches = plan.batches(rows)

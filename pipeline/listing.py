@@ -33,7 +33,8 @@ def models() -> Iterator[str]:
 
 
 def _sites(blocks: Blocks, family: Family) -> str:
-    found = [f"{family.denoiser}.{blocks.path}: {', '.join(blocks.components)}"]
+    which = "" if blocks.at == slice(None) else f"[{blocks.at.start or ''}:{blocks.at.stop or ''}]"
+    found = [f"{family.denoiser}.{blocks.path}{which}: {', '.join(blocks.components) or 'no video tokens'}"]
     heads = [c for c in blocks.components if f"{c}.heads" in blocks.taps]
     text = [key.removesuffix(".text") for key in blocks.taps if key.endswith(".text")]
     for what, where in (("heads of", heads), ("text in", text), ("cuts in", list(blocks.attention))):

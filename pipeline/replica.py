@@ -187,6 +187,8 @@ class Replica:
         torch.set_num_threads(parsed.engine.threads)
         self.plan = make_plan(parsed)
         self.store = Store(Path(store))
+        if parsed.hash() != self.store.config_hash:
+            raise StoreError(f"store {store} holds another config than this replica sees: an image of it differs here.")
         pipe = load_pipeline(self.plan.model, dtype=parsed.model.dtype, device=parsed.model.device)
         self.computer = Computer(self.plan, pipe)
         require_controls(

@@ -181,7 +181,7 @@ class Drawn:
 
 def is_negative(name: str) -> bool:
     """Tell by its name whether a per-run tensor belongs to the unconditional branch."""
-    return "negative" in name or "uncond" in name
+    return any(part in name for part in ("neg", "uncond", "null"))
 
 
 def is_prompt(name: str) -> bool:

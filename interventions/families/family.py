@@ -280,4 +280,8 @@ def family_of(pipeline_class: str) -> Family:
         if pipeline_class in family.pipelines:
             return family
     known = ", ".join(sorted(p for f in FAMILIES.values() for p in f.pipelines))
-    raise UnknownFamilyError(f"no family adapter covers pipeline class {pipeline_class}. Covered: {known}.")
+    raise UnknownFamilyError(
+        f"no family adapter covers pipeline class {pipeline_class}. Infer one: "
+        "interventions.families.generic.infer(pipe, shared, per_run).source() prints a file for "
+        f"interventions/families/; docs/add_your_model.md shows how. Covered: {known}."
+    )

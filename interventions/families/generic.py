@@ -140,7 +140,7 @@ class _Inferring:
 
     def _branches(self) -> Branches:
         branches = find_branches(self.probe, self.first)
-        guidance, calls = find_guidance(self.probe, branches)
+        guidance, calls = find_guidance(self.probe, self.first[0].denoiser, branches)
         self.found |= {"conditioning": branches.conditioning, "calls": calls, "guidance": guidance}
         self.unverified += branches.doubts
         for on, each in calls.items():

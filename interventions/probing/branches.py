@@ -41,11 +41,11 @@ def find_branches(probe: Probe, calls: list[Call]) -> Branches:
     InferenceError : a call's rows are not those of the runs, or its branches cannot be told apart.
     """
     moves = {
-        name: probe.loop(changed={name: changed}, first_step_only=True).of_step(0)
+        name: _first_step(probe, calls[0].denoiser, changed={name: changed})
         for name, value in probe.per_run.items()
         if (changed := _changed(value)) is not None
     }
-    follow = {name: [_rows(a, b) for a, b in zip(calls, after, strict=True)] for name, after in moves.items() if after}
+    follow = {name: [_rows(a, b) for a, b in zip(calls, after, strict=True)] for name, after in moves.items()}
     sizes = [_batch(call, follow["latents"][k]) for k, call in enumerate(calls)]
     slots = [(k, slot) for k, size in enumerate(sizes) for slot in range(size // 2)]
     if any(size % 2 for size in sizes):
@@ -57,7 +57,8 @@ def find_branches(probe: Probe, calls: list[Call]) -> Branches:
     if sorted(found) not in (["cond"], ["cond", "uncond"]):
         raise InferenceError(
             f"the denoiser calls of a step compute the branches {', '.join(found)}: only one conditional and at most "
-            "one unconditional branch can be addressed. Switch other guidance off."
+            "one unconditional branch can be addressed. Switch other guidance off, and call what belongs to the "
+            "unconditional branch negative_ something."
         )
     conditioning, more = _conditioning(prompts, calls)
     return Branches(
@@ -68,7 +69,7 @@ def find_branches(probe: Probe, calls: list[Call]) -> Branches:
     )
 
 
-def find_guidance(probe: Probe, found: Branches) -> tuple[Guidance | GuidanceAsSeen, dict[bool, Calls]]:
+def find_guidance(probe: Probe, denoiser: str, found: Branches) -> tuple[Guidance | GuidanceAsSeen, dict[bool, Calls]]:
     """Return what tells whether guidance is on, and the calls with guidance and without.
 
     Every argument named after a guidance scale is set to 1, alone and then all together, until a branch disappears.
@@ -82,7 +83,7 @@ def find_guidance(probe: Probe, found: Branches) -> tuple[Guidance | GuidanceAsS
     guided = sum(map(len, seen)) > 1
 
     def rows(scale: float, names: tuple[str, ...]) -> list[int]:
-        calls = probe.loop(shared=dict.fromkeys(names, scale), first_step_only=True).of_step(0)
+        calls = _first_step(probe, denoiser, shared=dict.fromkeys(names, scale))
         return [len(_tensors(call)[found.video]) for call in calls]
 
     if guided:
@@ -91,6 +92,11 @@ def find_guidance(probe: Probe, found: Branches) -> tuple[Guidance | GuidanceAsS
                 return Guidance({name: scales[name] for name in names}), {True: seen, False: (("cond",),)}
     arguments = {name: probe.shared.get(name, scales[name]) for name in scales}
     return GuidanceAsSeen(guided, arguments), {guided: seen}
+
+
+def _first_step(probe: Probe, denoiser: str, **changes: Any) -> list[Call]:
+    """Return a denoiser's calls of the first step, without those of modules that run once before."""
+    return [call for call in probe.loop(first_step_only=True, **changes).of_step(0) if call.denoiser == denoiser]
 
 
 def _changed(value: torch.Tensor) -> torch.Tensor | None:

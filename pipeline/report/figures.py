@@ -180,8 +180,10 @@ def curves(sweep: Sweep, name: str, metric: str, pairs: Sequence[str]) -> Pictur
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
-    """Return how many entries fit side by side, by an average width of a letter and of a key in inches."""
-    return max(1, min(len(labels), 6, int(width / (0.66 + 0.066 * max(map(len, labels))))))
+    """Return how many entries stand side by side in rows of equal length."""
+    inches = 0.66 + 0.066 * max(map(len, labels))  # of a key and of letters of average width
+    rows = -(-len(labels) // max(1, min(6, int(width / inches))))
+    return -(-len(labels) // rows)
 
 
 def _facets(

@@ -10,8 +10,8 @@ import torch
 from interventions import kinds  # noqa: F401  (registers every kind)
 from interventions.base import KINDS, Intervention
 from interventions.engine import Engine, EngineError
-from interventions.record import Record, RunInputs
 from interventions.families.family import family_of
+from interventions.record import Record, RunInputs
 from interventions.sites import COMPONENTS, Site
 from interventions.solvers import UnsupportedSolverError
 from pipeline.embedded.build import build_pipeline
@@ -265,5 +265,5 @@ def test_a_loop_of_another_length_than_planned_is_an_error(engine, record, monke
         "set_timesteps",
         lambda steps, **kwargs: one_more(engine.solver, steps, **kwargs),
     )
-    with pytest.raises(EngineError, match="noise levels are .* planned were"):
+    with pytest.raises(EngineError, match=r"noise levels are .* planned were"):
         engine.record(record.inputs)

@@ -18,12 +18,13 @@ from PIL import Image
 from interventions.engine import Engine
 from interventions.families.family import family_of
 from interventions.streams import from_canonical, to_canonical
-from pipeline.cli import OK, main
+from pipeline.cli import BAD_INPUT, OK, main
 from pipeline.config import load_config
 from pipeline.metrics.metric import METRICS, Metric
 from pipeline.models import load_pipeline
 from pipeline.plan import Plan, make_plan
-from pipeline.replica import Computer
+from pipeline.replica import Computer, Replica
+from pipeline.store import StoreError, open_or_create
 from pipeline.tasks.prompts import PromptsTask
 from tests.families import checkpoints, cogvideox
 
@@ -299,6 +300,23 @@ class TestImageToVideo:
         assert hashed(moved) == before
         Image.new("RGB", (30, 20)).save(image)
         assert hashed(image) != before
+
+    def test_a_replica_that_sees_another_image_does_not_start(self, folders, tmp_path, image):
+        data = settings("ti2v", folders["ti2v"], image=str(image))
+        plan = planned(tmp_path, data)
+        open_or_create(tmp_path / "run.zarr", plan)
+        Image.new("RGB", (30, 20)).save(image)
+        with pytest.raises(StoreError, match="an image of it differs here"):
+            Replica(plan.config.model_dump(mode="json"), str(tmp_path / "run.zarr"))
+
+
+def test_what_the_pipeline_itself_refuses_is_one_sentence(folders, tmp_path, capsys):
+    data = settings("wan", folders["wan"])
+    data["sampler"]["arguments"] = {"guidance_scale_2": 3.0}
+    assert main(["plan", str(write(tmp_path / "c.yaml", data))]) == BAD_INPUT
+    text = capsys.readouterr().err.strip()
+    assert "refuses this run: `guidance_scale_2` is only supported when" in text
+    assert "\n" not in text
 
 
 def test_arguments_reach_the_pipeline_and_are_part_of_the_identity(folders, tmp_path):

@@ -134,7 +134,7 @@ class TestDescribe:
             pytest.param(
                 "model_index.json",
                 '{"_class_name": "FluxPipeline"}',
-                "no family adapter covers pipeline class FluxPipeline. Covered: AllegroPipeline, ",
+                "no family adapter covers pipeline class FluxPipeline. Infer one: interventions.families.generic.infer",
                 id="class-of-no-family",
             ),
             pytest.param("transformer/config.json", None, "cannot read", id="no-denoiser-config"),
@@ -205,7 +205,7 @@ class TestFamilies:
 
     def test_unknown_pipeline_lists_those_that_are_known(self):
         with pytest.raises(
-            UnknownFamilyError, match=r"no family adapter covers pipeline class X\. Covered: .*WanPipeline"
+            UnknownFamilyError, match=r"no family adapter covers pipeline class X\. Infer one: .* Covered: .*WanPipeline"
         ):
             family_of("X")
 
