@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from types import MethodType
 from typing import Any
 
@@ -37,12 +38,16 @@ class SolverTap:
         self._original_step = scheduler.step
         self._original_set_timesteps = scheduler.set_timesteps
         self._step_signature = inspect.signature(self._original_step)
+        self._copies: dict[int, tuple[Steps, Iterator[int]]] = {}
         self.attach()
 
     def attach(self) -> None:
         """Put the wrap on the scheduler."""
-        self.scheduler.step = _shown_as(self.scheduler, self._original_step, self._step)
-        self.scheduler.set_timesteps = _shown_as(self.scheduler, self._original_set_timesteps, self._set_timesteps)
+        step, set_timesteps = self._original_step, self._original_set_timesteps
+        self.scheduler.step = _shown_as(self.scheduler, step, self._step, self._step_of_copy)
+        self.scheduler.set_timesteps = _shown_as(
+            self.scheduler, set_timesteps, self._set_timesteps, self._set_timesteps_of_copy
+        )
 
     def release(self) -> None:
         """Give the scheduler its own methods back."""
@@ -51,6 +56,7 @@ class SolverTap:
     def start(self, schedule: Schedule | None) -> None:
         """Prepare for one run with a schedule edit, or None for the scheduler's own schedule."""
         self.schedule, self.loops, self._steps = schedule, 0, Steps(order=())
+        self._copies.clear()
 
     @property
     def levels(self) -> tuple[tuple[float, float], ...]:
@@ -82,6 +88,20 @@ class SolverTap:
             edit = self.schedule
             self._steps = edit_schedule(self.scheduler, self.kind, edit.edit, edit.step, edit.other)
 
+    def _set_timesteps_of_copy(self, plain: Callable[..., Any], copy: Any, *args: Any, **kwargs: Any) -> None:
+        # LTX-2 denoises its audio with a deep copy of the scheduler, whose steps must be those of the video.
+        plain(copy, *args, **kwargs)
+        if self.schedule is not None:
+            edit = self.schedule
+            self._copies[id(copy)] = edit_schedule(copy, self.kind, edit.edit, edit.step, edit.other), count()
+
+    def _step_of_copy(self, plain: Callable[..., Any], copy: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(copy) not in self._copies:
+            return plain(copy, *args, **kwargs)
+        steps, loops = self._copies[id(copy)]
+        with place(copy, steps, next(loops)):
+            return plain(copy, *args, **kwargs)
+
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         call = self._step_signature.bind(*args, **kwargs)
         given = call.arguments
@@ -100,14 +120,17 @@ class SolverTap:
         return result
 
 
-def _shown_as(scheduler: Any, original: Any, wrap: Callable[..., Any]) -> MethodType:
-    """Return a method that pipelines take for ``original``: they look at its parameters to decide what to pass."""
+def _shown_as(scheduler: Any, original: Any, wrap: Callable[..., Any], of_copy: Callable[..., Any]) -> MethodType:
+    """Return a method that pipelines take for ``original``: they look at its parameters to decide what to pass.
+
+    A deep copy of the scheduler has the method too, bound to the copy, on which it must act: ``of_copy`` gets the
+    original as a function, then the copy.
+    """
 
     plain = getattr(original, "__func__", lambda owner, *args, **kwargs: original(*args, **kwargs))
 
     def call(owner: Any, *args: Any, **kwargs: Any) -> Any:
-        # LTX-2 steps its audio with a deep copy, whose methods are bound to the copy and must act on it alone.
-        return wrap(*args, **kwargs) if owner is scheduler else plain(owner, *args, **kwargs)
+        return wrap(*args, **kwargs) if owner is scheduler else of_copy(plain, owner, *args, **kwargs)
 
     call.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
     return MethodType(call, scheduler)

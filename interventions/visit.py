@@ -169,6 +169,7 @@ class BlockVisitor:
         blocks, (args, kwargs) = address.blocks, entering
         ends = (("residual", blocks.video_input), ("residual.text", blocks.text_input))
         streams = [(blocks.taps[key], where) for key, where in ends if key in blocks.taps]
+        streams += [(Tap(index=index), where) for index, where in blocks.beside.items()]
         if not program:
             for tap, where in streams:
                 output = _replaced(output, tap, argument(args, kwargs, where))
@@ -185,13 +186,14 @@ class BlockVisitor:
         return self.denoiser.get(self.addresses[block].path)(*args, **kwargs)
 
     def _with_rows(self, output: Any, result: Any, rows: list[int], address: BlockAddress) -> Any:
-        for key, stream in (("residual", "video"), ("residual.text", "text")):
-            tap = address.blocks.taps.get(key)
-            if tap is None:
-                continue
-            new = read_tap(output, tap, address.blocks, stream, self.run.geometry).clone()  # type: ignore[arg-type]
-            new[rows] = read_tap(result, tap, address.blocks, stream, self.run.geometry)[rows]  # type: ignore[arg-type]
-            output = write_tap(output, new, tap, address.blocks, stream, self.run.geometry)  # type: ignore[arg-type]
+        blocks, geometry = address.blocks, self.run.geometry
+        taps: list[tuple[Tap, Stream]] = [(Tap(index=index), "video") for index in blocks.beside]
+        ends: tuple[tuple[str, Stream], ...] = (("residual", "video"), ("residual.text", "text"))
+        taps += [(blocks.taps[key], stream) for key, stream in ends if key in blocks.taps]
+        for tap, stream in taps:
+            new = read_tap(output, tap, blocks, stream, geometry).clone()
+            new[rows] = read_tap(result, tap, blocks, stream, geometry)[rows]
+            output = write_tap(output, new, tap, blocks, stream, geometry)
         return output
 
 

@@ -72,6 +72,8 @@ class Blocks:
     attention : attentions whose edges can be cut, by component.
     layout : how rows and tokens share the batch axis: (rows, tokens), (rows x frames, places), (rows x places, frames).
     video_input, text_input : position and name of the block's arguments that "update" is measured from.
+    beside : outputs that are neither, such as audio, by index: position and name of the argument they continue. They
+        are skipped, repeated and exchanged with their block.
     """
 
     path: str
@@ -82,6 +84,7 @@ class Blocks:
     layout: TokenLayout = "rows"
     video_input: tuple[int, str] = (0, "hidden_states")
     text_input: tuple[int, str] = (1, "encoder_hidden_states")
+    beside: Mapping[int, tuple[int, str]] = field(default_factory=dict)
 
     def length(self, denoiser_config: Config) -> int:
         """Return the number of blocks in the list."""

@@ -14,7 +14,9 @@ from interventions.families.family import Family, Tap, UnsupportedModelError, re
 from interventions.families.ltx import BLOCKS, packed_example, packed_extent, set_shifted_steps
 
 # The blocks of LTX with an audio stream beside each part; they return (video, audio).
-AUDIO_VIDEO_BLOCKS = replace(BLOCKS, taps={**BLOCKS.taps, "residual": Tap(index=0)})
+AUDIO_VIDEO_BLOCKS = replace(
+    BLOCKS, taps={**BLOCKS.taps, "residual": Tap(index=0)}, beside={1: (1, "audio_hidden_states")}
+)
 EXTRA_CALLS = {"stg": (1.0, 0.0), "modality": (3.0, 1.0)}
 """Guidance that adds a denoiser call to a step: its default scale, and the largest at which it is off."""
 

@@ -397,7 +397,8 @@ def test_block_programs_equal_plain_hooks(case, mode):
     """A skipped block gives what entered it, a repeated one runs on its own result, in video and text alike."""
     layers = range(case.geometry.blocks)
     fork = case.engine.fork(case.record, [BlockSkip(mode=mode, step=STEP, layer=layer) for layer in layers])
-    streams = ("hidden_states", "encoder_hidden_states") if case.name in JOINT else ("hidden_states",)
+    beside = {"ltx2": ("audio_hidden_states",)} | dict.fromkeys(JOINT, ("encoder_hidden_states",))
+    streams = ("hidden_states", *beside.get(case.name, ()))
     for layer, final in zip(layers, fork.final, strict=True):
         block = case.block(layer)
         with clock(case) as now:
