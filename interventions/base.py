@@ -146,6 +146,11 @@ class Intervention(BaseModel):
         return getattr(self, "run", "clean")
 
     @property
+    def restores(self) -> bool:
+        """Whether values of the undisturbed run are brought back, and with them what was changed before is undone."""
+        return False
+
+    @property
     def schedule(self) -> Schedule | None:
         """A change of the step list that all rows of a forward must share, or None."""
         return None
@@ -161,6 +166,10 @@ class Intervention(BaseModel):
     def reads(self, geometry: Geometry) -> tuple[Read, ...]:
         """Return every donor value that ``apply`` needs."""
         return ()
+
+    def references(self, geometry: Geometry) -> frozenset[RunRef]:
+        """Return the recorded runs that ``reads`` names."""
+        return frozenset(ref for read in self.reads(geometry) for ref in read.source)
 
     def apply(self, point: Point, value: Any, context: RowContext) -> Any:
         """Return the new value of one row at ``point``; must not write into ``value``.

@@ -16,6 +16,7 @@ from interventions.base import (
     LayerIndex,
     Read,
     RowContext,
+    RunRef,
     Source,
     StepIndex,
     Window,
@@ -23,20 +24,22 @@ from interventions.base import (
 )
 from interventions.sites import ALL_HEADS, Branch, Component, Geometry, NoSuchSiteError, Point, Site, Stream
 
-_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
-_BOX = re.compile(r"(\d+):(\d+),(\d+):(\d+)")
+_RANGES = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")
+_BOX = re.compile(r"(\d{1,4}):(\d{1,4}),(\d{1,4}):(\d{1,4})")
 
 
 def _is_ranges(text: str) -> str:
-    if not _RANGES.fullmatch(text.replace(" ", "")):
-        raise ValueError(f"{text!r} is not a set of frames such as 2-5 or 0,3-4")
-    return text.replace(" ", "")
+    plain = text.replace(" ", "")
+    parts = [part.partition("-") for part in plain.split(",")]
+    if not _RANGES.fullmatch(plain) or any(dash and int(first) > int(last) for first, dash, last in parts):
+        raise ValueError(f"{text[:40]!r} is not a set of frames such as 2-5 or 0,3-4")
+    return plain
 
 
 def _is_box(text: str) -> str:
     match = _BOX.fullmatch(text.replace(" ", ""))
     if not match or int(match[1]) >= int(match[2]) or int(match[3]) >= int(match[4]):
-        raise ValueError(f"{text!r} is not a box of tokens such as 0:4,2:6 (top:bottom,left:right, ends excluded)")
+        raise ValueError(f"{text[:40]!r} is not a box of tokens such as 0:4,2:6 (top:bottom,left:right, ends excluded)")
     return text.replace(" ", "")
 
 
@@ -95,6 +98,16 @@ class Region(Intervention):
 
     def check(self, geometry: Geometry) -> None:
         """Check the region as well as the points."""
+        self.check_region(geometry)
+        super().check(geometry)
+
+    def check_region(self, geometry: Geometry) -> None:
+        """Check that the frames and the box exist.
+
+        Raises
+        ------
+        NoSuchSiteError : they do not; the message says what there is.
+        """
         if self.frames is not None and max(frames_of(self.frames)) >= geometry.frames:
             raise NoSuchSiteError(f"frames {self.frames}: this run has frames 0 to {geometry.frames - 1}")
         if self.frame is not None and self.frame >= geometry.frames:
@@ -102,7 +115,6 @@ class Region(Intervention):
         _, bottom, _, right = self.chosen_box(geometry)
         if bottom > geometry.height or right > geometry.width:
             raise NoSuchSiteError(f"box {self.box}: a frame has {geometry.height} x {geometry.width} tokens")
-        super().check(geometry)
 
 
 class HiddenIntervention(Region):
@@ -155,9 +167,16 @@ class HiddenIntervention(Region):
         """Return a read for every site and source."""
         return tuple(Read(point, source) for point in self.points(geometry) for source in self.sources())
 
+    def references(self, geometry: Geometry) -> frozenset[RunRef]:
+        """Return the runs of every source."""
+        return frozenset(ref for source in self.sources() for ref in source)
+
     def check(self, geometry: Geometry) -> None:
-        """Check the expert as well."""
-        super().check(geometry)
+        """Check the region, the windows and the expert; what a block has does not depend on the step."""
+        self.check_region(geometry)
+        window(self.step, self.steps, geometry.steps, "step")
+        for point in self.model_copy(update={"steps": 1}).points(geometry):
+            geometry.require(point)
         for step in range(self.step, self.step + self.steps) if self.denoiser else ():
             if geometry.denoiser(step) != self.denoiser:
                 steps = {d: [s for s in range(geometry.steps) if geometry.denoiser(s) == d] for d in geometry.denoisers}

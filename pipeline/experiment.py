@@ -53,8 +53,8 @@ class Experiment:
         """The intervention class."""
         return KINDS[self.kind]
 
-    def bind(self, geometry: Geometry) -> Grid:
-        """Resolve open ranges against a model and check every index and every cell.
+    def bind(self, geometry: Geometry, *, checked: bool = False) -> Grid:
+        """Resolve open ranges against a model and check every index and every cell, unless they are known to be good.
 
         Raises
         ------
@@ -72,7 +72,7 @@ class Experiment:
         for name, values in [*axes, *((n, (v,)) for n, v in self.fixed)]:
             problems += _out_of_range(name, values, fields, geometry)
         grid = Grid(experiment=self, geometry=geometry, axes=tuple(axes))
-        if not problems:
+        if not problems and not checked:
             problems = grid.check()
         if problems:
             raise ExperimentError([(("experiments", self.name, *loc), text) for loc, text in problems])
@@ -121,6 +121,12 @@ class Grid:
         if lead is not None and ranges:
             ranges[0] = lead
         for index in itertools.product(*ranges):
+            yield self.intervention(index)
+
+    def readers(self) -> Iterator[Intervention]:
+        """Yield cells that between them read every recorded run that any cell does: sites do not matter for that."""
+        marks = index_fields(self.experiment.cls)
+        for index in itertools.product(*(range(1 if name in marks else len(v)) for name, v in self.axes)):
             yield self.intervention(index)
 
     def check(self) -> list[Problem]:
@@ -267,7 +273,7 @@ def _list_problems(values: list[Any], loc: Loc) -> list[Problem]:
 
 
 def _resolve(text: str, indices: tuple[int, ...]) -> tuple[int, ...]:
-    if text == "all":
+    if text == "all" or not indices:
         return indices
     match = _SLICE.match(text)
     assert match is not None

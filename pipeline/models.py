@@ -222,8 +222,13 @@ def load_pipeline(info: ModelInfo, *, dtype: str, device: str) -> Any:
     logging.set_verbosity_error()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = DiffusionPipeline.from_pretrained(
-        str(info.folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
-    )
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(info.folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+        )
+    except (ValueError, OSError) as error:
+        # diffusers says which component is missing or broken, over many lines.
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"model {info.id!r} cannot be loaded: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

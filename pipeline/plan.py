@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from interventions.base import Intervention
+from interventions.base import Intervention, RunRef
 from interventions.run import loop_order, replayed_loops
 from interventions.screen import PASSES
-from interventions.sites import RUNS, Geometry, Site
+from interventions.sites import RUNS, Geometry, RunName, Site
 from pipeline.call import argument_problems
 from pipeline.config import ConfigError, SweepConfig, format_problems, overridden_keys
 from pipeline.experiment import Experiment, ExperimentError, Grid, Problem, parse
 from pipeline.metrics.metric import METRICS, Metric
 from pipeline.models import ModelError, ModelInfo, describe
-from pipeline.samples import Sample
+from pipeline.samples import Problems, Sample
 from pipeline.tasks.task import Task
 from pipeline.yaml_source import Loc, SourceError, read_file
 
@@ -78,6 +78,11 @@ class Plan:
     def samples(self) -> list[Sample]:
         """Every sample, in store order."""
         return self.task.samples()
+
+    @cached_property
+    def problems(self) -> Problems:
+        """The samples by problem."""
+        return Problems(self.samples)
 
     @cached_property
     def metrics(self) -> list[Metric]:
@@ -162,6 +167,11 @@ class Plan:
                 rows = list(grid.interventions(range(start, stop)))
                 rows = _spread(rows, computed_cells(grid) / grid.cells)
                 forwards += sum(self.batch_forwards([rows[i] for i in batch]) for batch in self.batches(rows))
+        # Runs from other initial noise are nobody's baseline; those of other problems are recorded for their own.
+        seeds = {
+            (r.sample, r.seed) for g in self.grids for c in g.readers() for r in c.references(self.geometry) if r.seed
+        }
+        forwards += 2 * self.geometry.steps * branches * len(seeds)
         if self.screened:
             # A sample is recorded a second time, for its cells to be verified.
             forwards += 2 * self.geometry.steps * branches
@@ -225,12 +235,15 @@ def batch_rows(rows: Sequence[Intervention], geometry: Geometry, limit: int) -> 
     return [members[k : k + limit] for members in groups.values() for k in range(0, len(members), limit)]
 
 
-def make_plan(config: SweepConfig, path: Path | None = None, overrides: Sequence[str] = ()) -> Plan:
+def make_plan(
+    config: SweepConfig, path: Path | None = None, overrides: Sequence[str] = (), *, checked: bool = False
+) -> Plan:
     """Bind a config to its model.
 
     Parameters
     ----------
     path : the config file, to name lines in errors. overrides : the ``--set`` overrides that were applied to it.
+    checked : whether every cell is known to be good; a replica's config is the driver's, who has checked it.
 
     Raises
     ------
@@ -251,13 +264,14 @@ def make_plan(config: SweepConfig, path: Path | None = None, overrides: Sequence
     grids = []
     for experiment in config.build_experiments():
         try:
-            grids.append(experiment.bind(geometry))
+            grids.append(experiment.bind(geometry, checked=checked))
         except ExperimentError as error:
             problems += error.problems
     patched = _patched(config, geometry, problems)
-    count = len(task.samples())
-    for grid in grids:
-        problems += _missing_samples(grid, count)
+    samples = task.samples()
+    count = len(samples)
+    for grid in grids if not checked else ():
+        problems += _unreadable(grid, samples)
     problems += [
         (("previews", "samples", i), f"sample {s} does not exist; there are samples 0 to {count - 1}")
         for i, s in enumerate(config.previews.samples)
@@ -292,16 +306,31 @@ def _undecoded(config: SweepConfig, task: Task) -> list[Problem]:
     return problems
 
 
-def _missing_samples(grid: Grid, count: int) -> list[Problem]:
-    """Return what is wrong with the other samples that an experiment reads from; its cells all read alike."""
-    cell = next(grid.interventions())
-    for ref in {ref for read in cell.reads(grid.geometry) for ref in read.source}:
-        where: Loc = ("experiments", grid.experiment.name)
-        if ref.fixed and ref.sample >= count:
-            return [(where, f"reads {ref.sample + 1} or more reference samples; the task has {count}")]
-        if not ref.fixed and ref.sample and ref.sample % count == 0:
-            return [(where, f"reads the sample {ref.sample} places on; with {count} in the task that is the same one")]
+def _unreadable(grid: Grid, samples: Sequence[Sample]) -> list[Problem]:
+    """Return what is wrong with the other runs that an experiment's cells read from."""
+    problems, where = Problems(samples), ("experiments", grid.experiment.name)
+    for cell in grid.readers():
+        for ref in sorted(cell.references(grid.geometry), reverse=True):
+            if ref.fixed and ref.sample >= len(problems):
+                return [(where, f"reads {ref.sample + 1} or more reference problems; the task has {len(problems)}")]
+            if not ref.fixed and ref.sample and ref.sample % len(problems) == 0:
+                text = (
+                    f"reads the problem {ref.sample} places on; with {len(problems)} in the task that is the same one"
+                )
+                return [(where, text)]
+            if ref.sample and cell.kind == "prompt_swap" and not _prompts_differ(cell, ref, samples, problems):
+                return [(where, "reads the prompt of another problem, and every problem of the task has the same one")]
     return []
+
+
+def _prompts_differ(cell: Intervention, ref: RunRef, samples: Sequence[Sample], problems: Problems) -> bool:
+    def text(sample: Sample, run: RunName) -> str:
+        return sample.clean_prompt if run == "clean" else sample.corrupted_prompt
+
+    return any(
+        text(samples[problems.referred(ref, i)], ref.run) != text(sample, cell.recipient)
+        for i, sample in enumerate(samples)
+    )
 
 
 def _patched(config: SweepConfig, geometry: Geometry, problems: list[Problem]) -> Intervention | None:

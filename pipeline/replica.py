@@ -84,14 +84,14 @@ class Computer:
 
     def others(self, sample: int) -> Callable[[RunRef], Record]:
         """Return the way from a sample to the records that its interventions read from."""
-        return lambda ref: self.record(referred(ref, sample, len(self.plan.samples)), ref.seed)
+        return lambda ref: self.record(self.plan.problems.referred(ref, sample), ref.seed)
 
     def fork(self, sample: int, rows: Sequence[Intervention], *, keep_x0_hat: bool = False) -> Fork:
         """Run a batch of intervened rows of a sample."""
         record = self.record(sample)
         reads = [read for row in rows for read in row.reads(record.geometry)]
         # What a batch reads must outlive it: reference sets come back with the next batch.
-        self._kept = max(self._kept, RECORDS_KEPT + len({ref for read in reads for ref in read.source}))
+        self._kept = RECORDS_KEPT + len({(ref.sample, ref.seed, ref.fixed) for read in reads for ref in read.source})
         return self.engine.fork(record, rows, keep_x0_hat=keep_x0_hat, others=self.others(sample))
 
     def cells(self, unit: Unit, chosen: NDArray[np.bool_]) -> dict[str, NDArray[np.float32]]:
@@ -167,11 +167,6 @@ class Computer:
         ]
 
 
-def referred(ref: RunRef, sample: int, samples: int) -> int:
-    """Return the sample that a reference means, seen from ``sample``: offsets go round the sweep's samples."""
-    return ref.sample % samples if ref.fixed else (sample + ref.sample) % samples
-
-
 class Replica:
     """A worker of the pool: loads the model once, then computes and writes units.
 
@@ -185,7 +180,7 @@ class Replica:
 
         parsed = SweepConfig.model_validate(config)
         torch.set_num_threads(parsed.engine.threads)
-        self.plan = make_plan(parsed)
+        self.plan = make_plan(parsed, checked=True)
         self.store = Store(Path(store))
         if parsed.hash() != self.store.config_hash:
             raise StoreError(f"store {store} holds another config than this replica sees: an image of it differs here.")

@@ -39,7 +39,7 @@ class Ablate(HiddenIntervention):
 
     kind: Literal["ablate"] = "ablate"
     value: Literal["zero", "mean", "resample", "gaussian"]
-    reference: Annotated[int, Field(ge=1)] = 8
+    reference: Annotated[int, Field(ge=1, le=1024)] = 8
     reference_run: RunName = "clean"
     donor_sample: Annotated[int, Field(ge=1)] = 1
     run: RunName = "clean"

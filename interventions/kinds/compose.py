@@ -180,6 +180,7 @@ class Compose(Intervention):
                 raise NoSuchSiteError(f"part {name}: no frame {frame}, frames are 0 to {geometry.frames - 1}")
         self._check_blocks(geometry)
         self._check_steps(geometry)
+        self._check_restored(geometry)
 
     def _check_blocks(self, geometry: Geometry) -> None:
         acting = _acting(self, geometry)
@@ -193,6 +194,16 @@ class Compose(Intervention):
             if by := acting.get(BlockAt(point.step, point.branch, point.block)):
                 raise NoSuchSiteError(
                     f"part {names[0]} acts inside block {point.block} at step {point.step}, which part {by[0]} replaces"
+                )
+
+    def _check_restored(self, geometry: Geometry) -> None:
+        first = {name: part.first_computed_step(geometry) for name, part in self.built.items()}
+        for name, part in self.built.items():
+            undone = [other for other in first if first[other] < first[name]]
+            if part.restores and undone:
+                raise NoSuchSiteError(
+                    f"part {name} re-noises the estimate of the undisturbed run, which undoes part {undone[0]} before "
+                    "it: use latent_noise, which re-noises the run's own"
                 )
 
     def _check_steps(self, geometry: Geometry) -> None:
@@ -222,7 +233,7 @@ def _taken(fields: Mapping[str, Any]) -> list[str]:
     ]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _built(compose: Compose) -> dict[str, Intervention]:
     """Build the parts; they follow from the fields, so they are no field of their own."""
     found: dict[str, Intervention] = {}
@@ -241,7 +252,7 @@ def _built(compose: Compose) -> dict[str, Intervention]:
     return found
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _acting(compose: Compose, geometry: Geometry) -> dict[Point, tuple[str, ...]]:
     """Return the names of the parts that act at each point, in order."""
     found: dict[Point, tuple[str, ...]] = {}

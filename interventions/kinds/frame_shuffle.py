@@ -68,9 +68,9 @@ class FrameShuffle(Intervention):
             return tuple(LatentsAt(s) for s in window(self.step, self.steps, geometry.steps, "step"))
         return tuple(
             Site(step, branch, block, self.component)
-            for step in range(self.step, self.step + self.steps)
+            for step in window(self.step, self.steps, geometry.steps, "step")
             for branch in (geometry.branches if self.branch == "both" else (self.branch,))
-            for block in range(self.layer, self.layer + self.layers)
+            for block in window(self.layer, self.layers, geometry.blocks, "layer")
         )
 
     def check(self, geometry: Geometry) -> None:

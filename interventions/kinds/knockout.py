@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -90,7 +91,8 @@ class Knockout(Intervention):
 
     def cut(self, point: AttentionAt, geometry: Geometry) -> tuple[Edges, ...]:
         """Return the pattern's edges."""
-        return (self.edges,)
+        edges = self.edges
+        return (replace(edges, window=min(edges.window, geometry.frames)),)
 
     def check(self, geometry: Geometry) -> None:
         """Check frames, head and text keys as well as the points."""

@@ -17,8 +17,8 @@ class LatentSwap(LatentIntervention):
     """Replace, or interpolate towards, the latents that enter a step by those of another run at the same step.
 
     ``donor`` "pair": the other run of the contrast pair. "seed": the same prompt from other initial noise. "sample":
-    the same run of another sample. ``offset`` counts seeds or samples from the own one and is 1 unless given. Every
-    later step belongs to the recipient's prompt. ``step`` equal to the number of steps means the final latents.
+    the same run of another problem. ``offset`` counts seeds or problems from the own one and is 1 unless given. Every
+    later step belongs to the recipient's prompt.
     """
 
     formula: ClassVar[str] = "x_s <- (1 - alpha) x_s + alpha x_s of the donor run, on the chosen frames or box"

@@ -40,6 +40,11 @@ class Noise(Intervention):
             raise ValueError("give step with `at: step`, frame with `at: frame`, and not the other")
         return self
 
+    @property
+    def restores(self) -> bool:
+        """On the path at a step, the estimate is that of the recorded run."""
+        return self.at == "step" and self.path == "on_path"
+
     def points(self, geometry: Geometry) -> tuple[Point, ...]:
         """Return the latents entering the step, or entering every step."""
         if self.step is not None:

@@ -33,7 +33,7 @@ class SeedEnsemble(HiddenIntervention):
     )
 
     kind: Literal["seed_ensemble"] = "seed_ensemble"
-    seeds: Annotated[int, Field(ge=1)] = 3
+    seeds: Annotated[int, Field(ge=1, le=1024)] = 3
     step: StepIndex = 0
     component: Component = "residual"
     run: RunName = "clean"

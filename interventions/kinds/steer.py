@@ -33,7 +33,7 @@ class Steer(HiddenIntervention):
     kind: Literal["steer"] = "steer"
     strength: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     per_token: bool = False
-    reference: Annotated[int, Field(ge=1)] = 8
+    reference: Annotated[int, Field(ge=1, le=1024)] = 8
     run: RunName = "corrupted"
 
     def sources(self) -> tuple[Source, ...]:

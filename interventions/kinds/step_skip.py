@@ -80,6 +80,8 @@ class StepSkip(Intervention):
     def check(self, geometry: Geometry) -> None:
         """Check that the steps of a schedule edit exist as well."""
         super().check(geometry)
+        if self.mode == "drop" and geometry.steps == 1:
+            raise NoSuchSiteError("mode drop would leave no step: this sampler has 1")
         last = max(self.step, self._partner) if self.mode == "swap" else self.step
         if last >= geometry.steps:
             raise NoSuchSiteError(f"mode {self.mode}: there is no step {last}, the last one is {geometry.steps - 1}")

@@ -13,7 +13,7 @@ from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.models import load_pipeline
 from pipeline.plan import make_plan
-from pipeline.replica import Computer, referred
+from pipeline.replica import Computer
 from pipeline.store import DONE, open_store
 from tests.sweep_fixture import arrays, assert_same_arrays, save_tiny_model, tiny_config, write_config
 
@@ -128,22 +128,51 @@ def test_effects_and_report_of_every_kind(swept, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("fixed", "offset", "sample", "samples", "found"),
-    [(False, 1, 2, 3, 0), (False, 0, 2, 3, 2), (True, 1, 2, 3, 1), (False, 5, 1, 4, 2)],
-)
-def test_offsets_go_round_the_samples(fixed, offset, sample, samples, found):
-    from interventions.base import RunRef
-
-    assert referred(RunRef("clean", sample=offset, fixed=fixed), sample, samples) == found
-
-
-@pytest.mark.parametrize(
     ("experiment", "says"),
     [
         pytest.param(
             {"kind": "ablate", "value": "mean", "reference": 9, "step": 0, "layer": 0},
-            "reference samples; the task has 3",
-            id="more-references-than-samples",
+            "reference problems; the task has 3",
+            id="more-references-than-problems",
+        ),
+        pytest.param(
+            {"kind": "ablate", "value": ["zero", "gaussian", "resample", "mean"], "step": 0, "layer": 0},
+            "reads 8 or more reference problems; the task has 3",
+            id="more-references-in-a-later-cell",
+        ),
+        pytest.param(
+            {"kind": "prompt_swap", "donor": "sample", "step": [0]},
+            "every problem of the task has the same one",
+            id="the-same-prompt-everywhere",
+        ),
+        pytest.param({"kind": "patch", "step": 0, "layer": 0, "frames": "5-2"}, "not a set of frames", id="descending"),
+        pytest.param(
+            {"kind": "knockout", "pattern": "from_frames", "step": 0, "layer": 0, "frames": "5-2"},
+            "not a set of frames",
+            id="descending-frames-of-a-cut",
+        ),
+        pytest.param(
+            {"kind": "patch", "step": 0, "layer": 0, "frames": "0-99999999999"}, "not a set of frames", id="huge-frame"
+        ),
+        pytest.param({"kind": "patch", "step": "1:", "steps": 99, "layer": 0}, "selects nothing", id="window-too-long"),
+        pytest.param(
+            {"kind": "frame_shuffle", "mode": "reverse", "space": "hidden", "step": 0, "steps": 3000000, "layer": 0},
+            "reach beyond the last, step 3",
+            id="huge-window",
+        ),
+        pytest.param(
+            {"kind": "seed_ensemble", "seeds": 1000000, "step": 0, "layer": 0}, "less than or equal to 1024", id="seeds"
+        ),
+        pytest.param(
+            {
+                "kind": "compose",
+                "parts": {
+                    "1_ablate": {"kind": "ablate", "value": "zero", "step": 0, "layer": 0},
+                    "2_noise": {"kind": "noise", "at": "step", "step": 2},
+                },
+            },
+            "undoes part 1_ablate before it: use latent_noise",
+            id="noise-that-restores",
         ),
         pytest.param(
             {"kind": "patch", "donor_sample": 3, "step": 0, "layer": 0},

@@ -205,7 +205,8 @@ class TestFamilies:
 
     def test_unknown_pipeline_lists_those_that_are_known(self):
         with pytest.raises(
-            UnknownFamilyError, match=r"no family adapter covers pipeline class X\. Infer one: .* Covered: .*WanPipeline"
+            UnknownFamilyError,
+            match=r"no family adapter covers pipeline class X\. Infer one: .* Covered: .*WanPipeline",
         ):
             family_of("X")
 
