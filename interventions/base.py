@@ -56,7 +56,8 @@ class RunRef:
     Attributes
     ----------
     run : clean or corrupted.
-    sample : offset along the sweep's samples, cyclic; with ``fixed``, counted from the first sample instead.
+    sample : offset along the sweep's problems, cyclic, to the sample of the same pair and seed there; with ``fixed``,
+        counted from the first problem instead.
     seed : offset of the initial noise's seed; 0 is the sample's own noise.
     """
 

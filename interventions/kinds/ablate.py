@@ -21,8 +21,8 @@ class Ablate(HiddenIntervention):
 
     ``value`` "zero": nothing; of an update this takes the block's work away, of a residual everything that the model
     holds. "mean": the mean of the activation at the same site and token over the run ``reference_run`` of the sweep's
-    first ``reference`` samples, which may include the sample at hand. "resample": the activation of the same run of
-    another sample, ``donor_sample`` places further along the sweep. "gaussian": independent draws with the mean and
+    first ``reference`` problems, which may include the one at hand. "resample": the activation of the same run of
+    another problem, ``donor_sample`` further along the sweep. "gaussian": independent draws with the mean and
     the standard deviation that each channel of the row's own activation has over all its tokens, chosen or not, so
     that one frame is replaced by what says nothing of this frame; the variance is that of the population (divided
     by the number of tokens). Both guidance branches get the same draw, so guidance does not amplify it.

@@ -18,7 +18,7 @@ class Patch(HiddenIntervention):
 
     ``direction`` "denoising" writes the clean run into the corrupted one (is the site sufficient?), "noising"
     the corrupted into the clean (is it necessary?), "self" a run into itself (the negative control). ``donor_sample``
-    takes the donor from another sample, that many places further along the sweep: the wrong-pair control.
+    takes the donor from another problem, that many further along the sweep: the wrong-pair control.
     """
 
     formula: ClassVar[str] = "h <- (1 - alpha) h_recipient + alpha h_donor, on the chosen component and tokens"

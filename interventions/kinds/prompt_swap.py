@@ -16,7 +16,7 @@ class PromptSwap(Intervention):
     """Give the denoiser the prompt of another run, from ``step`` to the end or for ``steps`` steps.
 
     Everything that carries the prompt into the denoiser is exchanged together: embeddings, masks, pooled vectors.
-    ``donor`` "pair": the other run of the contrast pair. "sample": the same run of another sample, ``offset`` places
+    ``donor`` "pair": the other run of the contrast pair. "sample": the same run of another problem, ``offset`` problems
     further (1 unless given). ``branch``: the conditional branch, the unconditional one, or both.
     """
 

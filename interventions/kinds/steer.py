@@ -16,7 +16,7 @@ from interventions.sites import RUNS, RunName, Site
 class Steer(HiddenIntervention):
     """Add the difference of means between clean and corrupted runs to a component of a block at a step.
 
-    The direction is the mean activation of the clean runs of the sweep's first ``reference`` samples minus that of
+    The direction is the mean activation of the clean runs of the sweep's first ``reference`` problems minus that of
     their corrupted runs, taken at the very site that is changed. It keeps its length: strength 1 moves the
     activation by the mean contrast, towards the clean runs, -1 as far the other way. ``per_token`` false: one
     vector of channels for all tokens, averaged over every token of the reference runs (given frames too); true: a
