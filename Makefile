@@ -8,7 +8,7 @@ export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint card check-card figures recompute bench planted train clean
+.PHONY: setup demo test lint card check-card figures kind-figures recompute bench planted train clean
 
 setup: $(READY)
 
@@ -40,6 +40,9 @@ check-card: setup
 
 figures: demo
 	cp runs/maze_demo_report/patch_map_goal_evidence_recovery_*_0.png docs/effect_map.png
+
+kind-figures: setup
+	$(BIN)/python -m docs.make_kind_figures
 
 recompute: setup
 	$(BIN)/python -m tests.reference.recompute runs/maze_demo.zarr --cells 50
