@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from interventions.base import KINDS, Intervention, index_fields
 from interventions.families.family import FAMILIES, Blocks, Family
+from pipeline.embedded.planted import PLANTED
 from pipeline.experiment import unknown
 from pipeline.metrics.metric import METRICS
 from pipeline.models import EMBEDDED, describe
@@ -30,6 +31,8 @@ def models() -> Iterator[str]:
         yield from (f"  sites: {_sites(blocks, family)}" for blocks in family.blocks)
         if family.notes:
             yield f"  note: {family.notes}"
+    yield "planted models, from pipeline.embedded.planted.PLANTED, each with a mechanism that is known by construction:"
+    yield from (f"  {planted.name}: {planted.mechanism}" for planted in PLANTED.values())
 
 
 def _sites(blocks: Blocks, family: Family) -> str:

@@ -11,6 +11,7 @@ import yaml
 from interventions.base import KINDS
 from interventions.families.family import FAMILIES
 from pipeline.cli import BAD_INPUT, FAILED, OK, main
+from pipeline.embedded.planted import PLANTED
 from pipeline.listing import type_name
 from pipeline.metrics.metric import METRICS
 from tests.sweep_fixture import save_tiny_model, tiny_config, write_config
@@ -32,6 +33,12 @@ class TestLists:
         assert entry
         assert entry[1] == FAMILIES[name].title != ""
         assert all(pipeline in entry[2] for pipeline in FAMILIES[name].pipelines)
+
+    def test_planted_models_say_what_is_planted(self, capsys):
+        main(["models"])
+        text = capsys.readouterr().out
+        assert len(PLANTED) >= 4
+        assert all(f"  {planted.name}: {planted.mechanism}" in text for planted in PLANTED.values())
 
     def test_tasks_with_every_setting_and_metric(self, capsys):
         assert main(["tasks"]) == OK
