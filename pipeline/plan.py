@@ -19,7 +19,8 @@ from pipeline.config import ConfigError, SweepConfig, format_problems, overridde
 from pipeline.experiment import Experiment, ExperimentError, Grid, Problem, parse
 from pipeline.metrics.metric import METRICS, Metric
 from pipeline.models import ModelError, ModelInfo, describe
-from pipeline.samples import Problems, Sample
+from pipeline.problems import Problems
+from pipeline.samples import Sample
 from pipeline.tasks.task import Task
 from pipeline.yaml_source import Loc, SourceError, read_file
 

@@ -209,7 +209,7 @@ def test_a_site_that_does_not_exist_is_refused(site, engine, record):
 
 
 def test_a_row_at_a_block_that_does_not_exist_is_refused(engine, record):
-    with pytest.raises(ValueError, match="no such site"):
+    with pytest.raises(ValueError, match="reach beyond the last, layer 2"):
         engine.fork(record, [F(mode="reverse", space="hidden", layer=7, step=1)])
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interventions.base import RunRef
-from pipeline.samples import Problems, Sample
+from pipeline.problems import Problems
+from pipeline.samples import Sample
 from pipeline.tasks.maze import MazeTask
 
 
