@@ -240,6 +240,9 @@ class Engine:
     def _follow(self, run: Run, tracer: Any) -> None:
         """Walk through a run inside the trace, requesting values strictly in the order the model reaches them."""
         _ = self._model.clock.output
+        run.addresses = {
+            name: self.family.addresses(getattr(self.pipe, name).config) for name in run.geometry.denoisers
+        }
         for loop, step in enumerate(run.order):
             denoiser = getattr(self._model, run.geometry.denoiser(step))
             for call in range(len(run.geometry.calls)):
@@ -274,7 +277,8 @@ class Engine:
                 torch.set_grad_enabled(True)
             prompt = kwargs.get(self.family.conditioning[0])
             length = None if prompt is None else int(prompt.shape[-2])
-            visitor = BlockVisitor(denoiser, self.family, run, step, call, self._attention, length)
+            addresses = run.addresses[run.geometry.denoiser(step)]
+            visitor = BlockVisitor(denoiser, addresses, run, step, call, self._attention, length)
             for block in sorted(work):
                 visitor.visit(block, work[block])
         # Always asked for: where nothing in a call is, the next call's inputs would be answered by this one's.

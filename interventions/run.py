@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from interventions.base import Intervention, RowContext, Schedule
+from interventions.families.family import BlockAddress
 from interventions.record import Record
 from interventions.sites import (
     ALL_HEADS,
@@ -74,6 +75,7 @@ class Run:
     captured : activations by site, if the run is made to capture them. stop_after_loop : where it then ends.
     gradient : what is asked and found, if the run is made for gradients.
     record : whether to keep what forks need: outputs, latents, conditioning.
+    addresses : blocks of each denoiser, filled when the run begins.
     fired : edits made. finished : whether the plan was followed to its end.
     """
 
@@ -97,6 +99,7 @@ class Run:
     latents: list[torch.Tensor] = field(default_factory=list)
     conditioning: dict[Branch, dict[str, torch.Tensor]] = field(default_factory=dict)
     x0_hat: dict[int, torch.Tensor] = field(default_factory=dict)
+    addresses: dict[str, list[BlockAddress]] = field(default_factory=dict)
     fired: int = 0
     finished: bool = False
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from interventions.attention import AttentionTap, Edges, Layout
-from interventions.families.family import BlockAddress, Family, Tap
+from interventions.families.family import BlockAddress, Tap
 from interventions.run import BlockWork, Run
 from interventions.sites import ALL_HEADS, AttentionAt, Branch, Component, Site, Stream
 from interventions.streams import argument, read_tap, to_rows, with_argument, write_tap
@@ -18,7 +19,7 @@ class BlockVisitor:
 
     Parameters
     ----------
-    denoiser : the nnsight envoy of the denoiser that is being called.
+    denoiser : the nnsight envoy of the denoiser that is being called. addresses : its blocks.
     run : the run and its plan. step, call : where in the run.
     attention : the tap that cuts attention edges, already entered if the run has any to cut.
     text_tokens : length of the prompt that the denoiser is given, None if it is given none.
@@ -27,7 +28,7 @@ class BlockVisitor:
     def __init__(
         self,
         denoiser: Any,
-        family: Family,
+        addresses: Sequence[BlockAddress],
         run: Run,
         step: int,
         call: int,
@@ -36,7 +37,7 @@ class BlockVisitor:
     ) -> None:
         self.denoiser, self.run, self.step, self.call, self.attention = denoiser, run, step, call, attention
         self.text_tokens = text_tokens
-        self.addresses = family.addresses(denoiser._module.config)
+        self.addresses = addresses
         self.branches: tuple[Branch, ...] = run.geometry.calls[call]
 
     def visit(self, block: int, work: BlockWork) -> None:
