@@ -47,7 +47,9 @@ def argument_problems(model: ModelInfo, arguments: Mapping[str, Any], own: Colle
 
     if not arguments:
         return []
-    pipeline = getattr(diffusers, model.pipeline_config["_class_name"])
+    pipeline = getattr(diffusers, model.pipeline_config["_class_name"], None)
+    if pipeline is None:
+        return []
     parameters = set(inspect.signature(pipeline.__call__).parameters) - {"self"}
     taken = RESERVED | set(own) | {name for name in parameters if "prompt" in name or "image" in name}
     free = sorted(name for name in parameters - taken if not name.endswith("kwargs"))

@@ -176,7 +176,7 @@ def parse(name: str, raw: Any) -> Experiment:
     problems: list[Problem] = []
     fixed: dict[str, Any] = {}
     axes: dict[str, tuple[Any, ...] | str] = {}
-    screen = _screen(raw["screen"], kind, (*where, "screen"), problems) if "screen" in raw else None
+    screen = _screen(raw["screen"], kind, (*where, "screen"), problems) if raw.get("screen") is not None else None
     for field, value in raw.items():
         if field in ("kind", "screen"):
             continue

@@ -220,12 +220,19 @@ def load_pipeline(info: ModelInfo, *, dtype: str, device: str) -> Any:
     transformers_logging.disable_progress_bar()
     # A codec in place of the VAE and T5 in place of UMT5 are meant; diffusers would warn of each at every load.
     logging.set_verbosity_error()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device cuda: no CUDA device is seen here. Set model.device (or --device) to cpu or auto.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         pipe = DiffusionPipeline.from_pretrained(
             str(info.folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
         )
+    except AttributeError as error:
+        raise ModelError(
+            f"model {info.id!r}: diffusers has no pipeline class {info.pipeline_config['_class_name']}, so no command "
+            "can load it. From Python: interventions.engine.Engine(pipe, family), interventions.controls.run_controls."
+        ) from error
     except (ValueError, OSError) as error:
         # diffusers says which component is missing or broken, over many lines.
         reason = " ".join(str(error).split())[:400]

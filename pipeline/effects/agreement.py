@@ -109,9 +109,12 @@ def _correlation(a: Floats, b: Floats, weight: Floats) -> float | None:
 
 
 def _recall(size: Floats, weight: Floats, top: NDArray[np.bool_]) -> float | None:
+    distinct, at = np.unique(-size, return_inverse=True)
     wanted = weight[top].sum()
-    order = np.argsort(-size, kind="stable")
-    # Of the cell at the border only the part that still belongs to the strongest counts.
-    before = np.cumsum(weight[order]) - weight[order]
-    counted = np.clip(wanted - before, 0.0, weight[order])
-    return float(counted[top[order]].sum() / wanted) if wanted else None
+    if distinct.size < 2 or not wanted:
+        return None
+    # Of the cells at the border, which may be of one size, only the share that still belongs to the strongest counts.
+    whole = np.bincount(at, weights=weight)
+    chosen = np.bincount(at, weights=weight * top)
+    counted = np.clip(wanted - (np.cumsum(whole) - whole), 0.0, whole)
+    return float((counted / whole * chosen).sum() / wanted)

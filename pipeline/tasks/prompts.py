@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -32,8 +33,10 @@ def _is_image(text: str) -> str:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(Path(text).expanduser()) as image:
-            image.verify()
+        with Image.open(os.path.expanduser(text)) as image:
+            image.load()
+    except Image.DecompressionBombError:
+        raise ValueError(f"image {text} is too large to be opened safely") from None
     except UnidentifiedImageError:
         raise ValueError(f"{text} is not an image that can be read; use a PNG") from None
     except (OSError, SyntaxError) as error:
@@ -57,7 +60,7 @@ class Pair(BaseModel):
 
     @model_validator(mode="after")
     def _prompts_differ(self) -> Pair:
-        if self.clean == self.corrupted:
+        if self.clean.split() == self.corrupted.split():
             raise ValueError(f"clean and corrupted are the same prompt: {self.clean!r}")
         return self
 
@@ -100,7 +103,7 @@ class PromptsTask(Task):
         data = self.model_dump(mode="json")
         for entry in (data, *data["pairs"]):
             if entry["image"] is not None:
-                file = Path(entry["image"]).expanduser()
+                file = Path(os.path.expanduser(entry["image"]))
                 entry["image"] = f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
         return data
 
@@ -201,11 +204,18 @@ class PromptsTask(Task):
             shared["image"] = image
         noise = from_canonical(self._noise(pipe, pixels, pair, sample.seed), family.latent_layout)
         latents = pixels.latents(pipe, noise.to(pipe._execution_device))
+        encoded = family.encode(pipe, prompts, guided, self.negative)
+        if all(torch.equal(rows[0], rows[1]) for rows in encoded.values()):
+            # Their difference would be rounding noise, and a recovery between them a map of it.
+            raise ValueError(
+                f"pair {pair}: the text encoder makes the same of both prompts, {prompts[0]!r} and {prompts[1]!r}; "
+                "they differ only in what it leaves out or cuts off"
+            )
         return RunInputs(
             shared=shared,
             per_run={
                 "latents": latents.repeat(2, *[1] * (latents.ndim - 1)),
-                **family.encode(pipe, prompts, guided, self.negative),
+                **encoded,
             },
             names=("clean", "corrupted"),
             seed=(pair, sample.seed),
@@ -217,7 +227,7 @@ class PromptsTask(Task):
         path = self.pairs[pair].image or self.image
         if path is None:
             return None
-        with Image.open(Path(path).expanduser()) as image:
+        with Image.open(os.path.expanduser(path)) as image:
             return image.convert("RGB")
 
     def _noise(self, pipe: Any, pixels: Pixels, pair: int, seed: int) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from pipeline.embedded.planted import PLANTED
 from pipeline.listing import type_name
 from pipeline.metrics.metric import METRICS
 from tests.sweep_fixture import save_tiny_model, tiny_config, write_config
+
+ROOT = Path(__file__).parents[2]
 
 
 class TestLists:
@@ -80,6 +84,12 @@ class TestLists:
         captured = capsys.readouterr()
         assert captured.out
         assert captured.err == ""
+
+    def test_a_reader_that_has_seen_enough_is_no_error(self, tmp_path):
+        shell = f"{sys.executable} -m pipeline.cli models | head -1"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.stdout.startswith("embedded:maze")
+        assert "BrokenPipe" not in done.stderr
 
     @pytest.mark.parametrize(
         ("annotation", "name"),

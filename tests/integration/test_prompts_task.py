@@ -330,3 +330,11 @@ def test_arguments_reach_the_pipeline_and_are_part_of_the_identity(folders, tmp_
     # Only the second expert is guided otherwise.
     assert torch.equal(one.latents[1], two.latents[1])
     assert not torch.equal(one.latents[2], two.latents[2])
+
+
+def test_prompts_that_the_encoder_cannot_tell_apart_are_an_error_and_no_map(folders, tmp_path, capsys):
+    """The tokenizer knows neither word: both prompts are one, and a recovery between them would be rounding."""
+    pairs = [{"clean": "a qqq ball", "corrupted": "a zzz ball"}]
+    config = write(tmp_path / "same.yaml", settings("wan", folders["wan"], pairs=pairs))
+    assert main(["run", str(config), "--store", str(tmp_path / "same.zarr")]) != OK
+    assert "the text encoder makes the same of both prompts" in capsys.readouterr().err

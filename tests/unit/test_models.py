@@ -226,3 +226,25 @@ def test_loaded_pipeline_is_on_the_device_in_the_dtype():
     pipe = models.load_pipeline(describe("embedded:maze"), dtype="bfloat16", device="cpu")
     weights = pipe.transformer.blocks[0].attn1.to_q.weight
     assert (weights.device.type, weights.dtype) == ("cpu", torch.bfloat16)
+
+
+def test_a_device_that_is_not_there_is_one_sentence(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match=r"device cuda: no CUDA device is seen here\. Set model\.device"):
+        models.load_pipeline(describe("embedded:maze"), dtype="float32", device="cuda")
+
+
+def test_a_pipeline_that_diffusers_does_not_have_is_one_sentence(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from pipeline.embedded.build import build_pipeline, save_pipeline
+
+    folder = tmp_path / "model"
+    save_pipeline(build_pipeline(1, num_layers=1), folder)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("WanImageToVideoPipeline", "OwnPipeline"))
+    monkeypatch.setitem(FAMILIES, "own", replace(FAMILIES["wan"], name="own", pipelines=("OwnPipeline",)))
+    with pytest.raises(ModelError, match="diffusers has no pipeline class OwnPipeline, so no command"):
+        models.load_pipeline(describe(str(folder)), dtype="float32", device="cpu")

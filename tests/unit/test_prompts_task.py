@@ -170,6 +170,9 @@ def test_a_plan_is_refused_in_one_sentence(data, message, here, capsys):
         pytest.param({"pairs": []}, "task.pairs: give at least one", id="no-pairs"),
         pytest.param({"pairs": [{"clean": "a"}]}, "task.pairs.0: corrupted is missing", id="half-a-pair"),
         pytest.param({"pairs": [{"clean": "a", "corrupted": "a"}]}, "are the same prompt: 'a'", id="same-prompt"),
+        pytest.param(
+            {"pairs": [{"clean": "a b", "corrupted": "a  b "}]}, "are the same prompt: 'a b'", id="same-words"
+        ),
         pytest.param({"pairs": PAIRS * 2}, "a pair is listed twice; for more noise on one pair use seeds", id="twice"),
         pytest.param(
             {"pairs": [{**PAIRS[0], "imgae": "x"}]},

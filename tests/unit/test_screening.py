@@ -131,3 +131,16 @@ def test_agreement_of_verified_cells_is_that_of_the_whole_grid(noise):
         assert np.mean([f[name] for f in found]) == pytest.approx(value, abs=0.04)
     naive = spearmanr(estimate[chosen.exact], difference[chosen.exact])[0]
     assert abs(naive - truth["spearman"]) > 0.04
+
+
+@given(st.permutations(range(20)))
+def test_recall_does_not_depend_on_the_order_of_cells_that_tie(order):
+    """Where several cells share the border's size, each counts with the share that belongs to the strongest."""
+    order = np.array(order)
+    difference, drawn = np.repeat([3.0, 1.0], 10), np.arange(20) >= 5
+    found = compare(np.arange(20.0)[order], difference[order], np.ones(20), drawn[order])
+    assert found["recall"] == pytest.approx(0.5)
+
+
+def test_effects_that_are_all_one_size_have_no_recall():
+    assert compare(np.arange(20.0), np.zeros(20), np.ones(20), np.arange(20) >= 5)["recall"] is None
