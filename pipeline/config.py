@@ -58,7 +58,17 @@ class RunConfig(_Frozen):
     replicas: Annotated[int, Field(ge=0, description="0 runs in this process, without Ray")] = 2
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
-    max_attempts: Annotated[int, Field(ge=1)] = 3
+    max_attempts: Annotated[int, Field(ge=1, description="tries before a unit is parked with its error")] = 3
+    max_restarts: Annotated[int, Field(ge=0, description="deaths in a row of one replica")] = 5
+    start_timeout_s: Annotated[float, Field(gt=0, description="to load the model, once a place is found")] = 1800.0
+    capacity_wait_s: Annotated[float, Field(ge=0, description="for nodes that can hold a replica to come")] = 30.0
+    lease_s: Annotated[float, Field(gt=0, description="a unit may run; its replica counts as hung after it")] = 3600.0
+    straggler_factor: Annotated[float, Field(ge=0, description="times the expected time; 0 copies no unit")] = 3.0
+    idle_release_s: Annotated[float, Field(ge=0, description="before a replica without work gives up its GPU")] = 60.0
+    drain_s: Annotated[float, Field(ge=0, description="for units in flight when the sweep is told to stop")] = 120.0
+    notices: Annotated[
+        tuple[str, ...], Field(description="where a node learns that it will go: aws, gcp, azure, or file:PATH")
+    ] = ()
 
 
 class SweepConfig(_Frozen):

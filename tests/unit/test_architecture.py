@@ -207,7 +207,8 @@ def test_command_line_starts_light():
 
 
 @pytest.mark.parametrize(
-    "module", ["pipeline.cli", "pipeline", "cluster.events", "pipeline.yaml_source", "pipeline.samples"]
+    "module",
+    ["pipeline.cli", "pipeline.commands", "pipeline", "cluster.events", "pipeline.yaml_source", "pipeline.samples"],
 )
 def test_light_module_loads_nothing_heavy(module):
     seen: set[str] = set()

@@ -1,0 +1,116 @@
+"""Commands that start from a config: run a sweep, or say what it would take."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from pipeline.commands.options import FAILED, INTERRUPTED, OK, Config, Set, app, say, whole_number
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+
+
+@app.command
+def run(
+    config: Config,
+    *,
+    store: Annotated[Path | None, Parameter(help="Where results go; default runs/NAME.zarr.")] = None,
+    set_: Set = None,
+    replicas: Annotated[
+        int | None, Parameter(converter=whole_number, help="Model replicas; 0 runs in this process without Ray.")
+    ] = None,
+) -> int:
+    """Run a sweep, or the rest of one: the same command resumes an interrupted store.
+
+    Replicas are Ray actors on this machine, or on the cluster named by RAY_ADDRESS.
+    Exit code 0: every cell has a value; 1: some failed; 2: bad input; 130: interrupted.
+
+    Example: ``stepscope run configs/maze_demo.yaml --store runs/demo.zarr --set sampler.steps=10``
+    """
+    from pipeline.progress import SweepProgress
+    from pipeline.sweep import inline_executor, ray_executor, run_sweep
+
+    plan, path = bind(config, set_ or [], store, replicas)
+    executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
+    with SweepProgress() as progress:
+        result = run_sweep(plan, path, make_executor=executor, observe=progress.observe, on_start=progress.start)
+    if result.interrupted:
+        say(f"Interrupted: {result.done} units are safe in {path}, {result.pending} are left.")
+        say(f"Resume with: {_again()}")
+        return INTERRUPTED
+    if result.failed:
+        say(f"{result.failed} units hold failures: {result.failed_cells} cells have no finite value (NaN in {path}).")
+        for text in result.errors[:5]:
+            say(f"  {text}")
+        say("Running the same command tries them again.")
+        return FAILED
+    say(f"Done: {result.done} units in {path} ({result.computed} computed now).")
+    return OK
+
+
+@app.command
+def plan(
+    config: Config,
+    *,
+    set_: Set = None,
+    calibrate: Annotated[bool, Parameter(help="Time a few forwards of the model to estimate the duration.")] = True,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print the plan as JSON.")] = False,
+) -> int:
+    """Say what a sweep would compute, store and take, without running it.
+
+    Example: ``stepscope plan configs/maze_demo.yaml --set task.mazes=100``
+    """
+    planned, path = bind(config, set_ or [], None, None)
+    cost = planned.cost()
+    facts: dict[str, Any] = {
+        "name": planned.config.name,
+        "model": f"{planned.model.id} ({planned.model.family}, {planned.geometry.blocks} blocks)",
+        "samples": len(planned.samples),
+        "cells": cost.cells,
+        **({"estimates": cost.estimates} if cost.estimates else {}),
+        "units": cost.units,
+        "row_forwards": cost.row_forwards,
+        "row_forwards_naive": cost.naive_row_forwards,
+        "bytes": cost.bytes,
+        "store": str(path),
+        "experiments": {g.experiment.name: dict(zip(g.dims, g.shape, strict=True)) for g in planned.grids},
+    }
+    if calibrate:
+        from pipeline.calibrate import seconds_per_row_forward
+
+        seconds = seconds_per_row_forward(planned)
+        facts["seconds_per_row_forward"] = round(seconds, 6)
+        facts["estimated_seconds"] = round(cost.row_forwards * seconds / max(1, planned.config.run.replicas))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return OK
+    for name, shape in facts.pop("experiments").items():
+        print(f"{name:>20}  {' x '.join(f'{d} {n}' for d, n in shape.items()) or 'one cell'}")
+    for key, value in facts.items():
+        print(
+            f"{key.replace('_', ' '):>20}  {value:,}"
+            if isinstance(value, int)
+            else f"{key.replace('_', ' '):>20}  {value}"
+        )
+    return OK
+
+
+def bind(config: Path, overrides: list[str], store: Path | None, replicas: int | None) -> tuple[Plan, Path]:
+    from pipeline.config import load_config
+    from pipeline.plan import make_plan
+
+    if replicas is not None:
+        overrides = [*overrides, f"run.replicas={replicas}"]
+    loaded = load_config(config, overrides)
+    return make_plan(loaded, config, overrides), store or Path("runs") / f"{loaded.name}.zarr"
+
+
+def _again() -> str:
+    import shlex
+
+    return shlex.join(["stepscope", *sys.argv[1:]])
