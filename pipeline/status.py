@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.store import DONE, FAILED, PENDING, Journal, Place, open_store, status_of
+from pipeline.store import DONE, FAILED, PENDING, Place, open_store, states_of
 
 
 def summarise(place: Place) -> list[dict[str, Any]]:
@@ -12,17 +12,10 @@ def summarise(place: Place) -> list[dict[str, Any]]:
 
     Raises
     ------
-    StoreError : the place is not a store.
+    StoreError : the place is not a store, or a status array is corrupted.
     """
-    store = open_store(place)
-    found = {name: store.status(name) for name in store.groups()}
-    for entry in Journal(store.location).entries():
-        status, index = status_of(entry), entry.get("index", 0)
-        values = found.get(entry.get("group", ""))
-        if status is not None and values is not None and 0 <= index < len(values):
-            values[index] = status
     rows = []
-    for name, values in found.items():
+    for name, values in states_of(open_store(place)).items():
         counts = {
             word: int((values == code).sum())
             for word, code in (("done", DONE), ("pending", PENDING), ("failed", FAILED))

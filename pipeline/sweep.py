@@ -27,9 +27,9 @@ from pipeline.store import (
     Place,
     Store,
     consolidate,
+    ends,
     locate,
     open_or_create,
-    status_of,
 )
 
 FLUSH_SECONDS = 2.0
@@ -71,10 +71,8 @@ class Ledger:
         self._recover()
 
     def _recover(self) -> None:
-        for entry in self.journal.entries():
-            status, group, index = status_of(entry), entry.get("group"), entry.get("index", 0)
-            if status is not None and group in self.status and 0 <= index < len(self.status[group]):
-                self.mark(group, index, status, entry.get("failed", 0))
+        for group, index, status, entry in ends(self.journal, self.status):
+            self.mark(group, index, status, entry.get("failed", 0))
 
     def mark(self, group: str, index: int, status: int, failed_cells: int = 0) -> None:
         """Set one unit's status."""
@@ -129,7 +127,7 @@ def run_sweep(
     StoreError : see ``open_or_create``; also if another process drives the store.
     """
     location = locate(place)
-    store = open_or_create(location, plan)
+    store = open_or_create(location, plan, say=say)
     lease = Lease(location, say=say)
     lease.acquire()
     journal = Journal(location, lease.generation)
@@ -151,6 +149,9 @@ def run_sweep(
                 ledger.flush(force=True)
                 executor.close()
         ledger.flush(force=True)
+        if not result.interrupted and not any(plan.verifies(unit) for unit in todo):
+            # A selection that was damaged is chosen again, though no unit waits for it.
+            _choose(store, plan, result)
         judged = not result.interrupted and _judge(location, plan, again=bool(todo))
         if todo or judged:
             consolidate(location)
@@ -174,6 +175,11 @@ def _may_start(store: Store, plan: Plan, units: list[Unit], result: SweepResult)
     """Whether these units can run now; before the first that verify, the cells are chosen from what is stored."""
     if result.interrupted or not plan.verifies(units[0]):
         return not result.interrupted
+    return _choose(store, plan, result)
+
+
+def _choose(store: Store, plan: Plan, result: SweepResult) -> bool:
+    """Choose the cells of every screened experiment whose choice is open; return whether all are chosen."""
     for grid in plan.screened:
         name, settings = grid.experiment.name, grid.experiment.screen
         assert settings is not None
