@@ -17,7 +17,9 @@ from pipeline.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, app, main
 from pipeline.store import Journal, Lease, open_store
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run", "plan", "check", "status", "effects", "report", "models", "tasks", "interventions")
+COMMANDS = (
+    "run", "plan", "check", "status", "effects", "report", "verify", "export", "models", "tasks", "interventions"
+)  # fmt: skip
 
 TINY = """\
 name: tiny

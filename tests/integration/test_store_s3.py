@@ -16,7 +16,7 @@ import pytest
 import torch
 import zarr
 
-from pipeline.cli import BAD_INPUT, OK, main
+from pipeline.cli import BAD_INPUT, FAILED, OK, main
 from pipeline.config import load_config
 from pipeline.plan import Plan, make_plan
 from pipeline.store import DONE, PENDING, Journal, Lease, StoreError, is_store, locate, open_or_create, open_store
@@ -104,6 +104,32 @@ def test_units_that_only_the_journal_knows_are_not_computed_again(config, bucket
     assert main(["run", str(config), "--store", store]) == OK
     assert (open_store(store).status("map") == DONE).all()
     assert len(list(Journal(store).entries())) == before
+
+
+def test_corrupted_and_deleted_objects_are_found_and_computed_again(config, local, bucket, tmp_path, capsys):
+    store = f"{bucket}/run.zarr"
+    assert main(["run", str(config), "--store", store]) == OK
+    assert main(["verify", store]) == OK
+    location = locate(store)
+    content = bytearray(location.read("map/goal_evidence/c/0/0/0/0") or b"")
+    content[len(content) // 2] ^= 1
+    location.write("map/goal_evidence/c/0/0/0/0", bytes(content))
+    location.delete("skip/latent_distance/c/1/0/0")
+    location.delete("samples/prompt/c/0")
+    capsys.readouterr()
+    assert main(["verify", store]) == FAILED
+    captured = capsys.readouterr()
+    assert "map[0]: unreadable, pending again" in captured.out
+    assert "skip[1]: missing, pending again" in captured.out
+    assert "samples/prompt (missing): damaged part of the template" in captured.out
+    assert captured.err == (f"Run the same command again, it repairs the rest: stepscope run CONFIG --store {store}\n")
+    assert main(["run", str(config), "--store", store]) == OK
+    captured = capsys.readouterr()
+    assert "damaged parts of the template were written anew: samples/prompt/c/0." in captured.err
+    assert "(2 computed now)" in captured.err
+    assert main(["verify", store]) == OK
+    assert_same_arrays(store, local)
+    assert main(["export", store, str(tmp_path / "run.zarr.zip")]) == OK
 
 
 def test_two_drivers_on_one_bucket_are_refused(config, bucket, plan, capsys):

@@ -21,7 +21,7 @@ from cluster.events import UnitDone
 from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.plan import make_plan
-from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, StoreError, open_store
+from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, StoreError, open_store, verify
 from pipeline.sweep import ray_executor, run_sweep
 from tests.reference.recompute import TOLERANCE, worst_differences
 from tests.sweep_fixture import arrays, assert_same_arrays, save_tiny_model, tiny_config, write_config
@@ -275,6 +275,13 @@ def test_ray_replicas_give_the_same_bits_as_this_process(ray_session, model, und
     assert result.failed == 0
     assert replicas == {0, 1}
     assert_same_arrays(tmp_path / "run.zarr", undisturbed)
+
+
+def test_store_of_a_sweep_is_what_its_replicas_wrote(undisturbed, config):
+    found = verify(undisturbed)
+    assert found.good
+    assert found.checked == found.units == plan_of(config).cost().units
+    assert found.undigested == 0
 
 
 def test_store_attributes_tell_where_results_come_from(undisturbed):
