@@ -256,9 +256,12 @@ def _claim_prefix(location: Bucket, plan: Plan) -> None:
     """
     mine = json.dumps({"config_sha256": plan.config.hash(), "model_digest": plan.model.digest}).encode()
     marked = location.read(CREATING)
-    if marked is None:
-        if next(location.keys(), None) is not None and not is_store(location):
+    if marked is None and next(location.keys(), None) is not None:
+        # Looked at again, in this order: another first start puts its mark, then the root, and then takes the mark.
+        marked = location.read(CREATING)
+        if marked is None and not is_store(location):
             raise StoreError(f"{location} exists and is not a stepscope store. Use another --store.")
+    if marked is None:
         if location.create(CREATING, mine):
             return
         marked = location.read(CREATING)

@@ -167,7 +167,9 @@ def test_store_that_is_not_there_is_one_sentence(command, bucket, capsys):
 def test_store_opens_with_xarray_alone_and_without_a_warning(bucket, plan):
     store = f"{bucket}/run.zarr"
     open_or_create(store, plan)
-    Lease(store).acquire()
+    lease = Lease(store)
+    lease.acquire()
+    lease.release()
     Journal(store).append(unit=0)
     code = (
         "import os, sys, xarray; from obstore.store import S3Store; from zarr.storage import ObjectStore; "

@@ -284,8 +284,10 @@ class TestKeeping:
         assert newest_claim(place).released
 
     def test_thread_beats_by_itself_and_ends_with_the_release(self, tmp_path):
+        others = set(threading.enumerate())
         lease = Lease(tmp_path, ttl=0.06)
         lease.acquire()
+        (beating,) = set(threading.enumerate()) - others
         before, changed = locate(tmp_path).read(key_of(1)), threading.Event()
 
         def watch() -> None:
@@ -296,10 +298,8 @@ class TestKeeping:
         threading.Thread(target=watch, daemon=True).start()
         assert changed.wait(timeout=60)
         lease.release()
-        for thread in threading.enumerate():
-            if thread.name == "lease":
-                thread.join(timeout=60)
-                assert not thread.is_alive()
+        beating.join(timeout=60)
+        assert not beating.is_alive()
 
 
 class TestRaces:
