@@ -285,7 +285,7 @@ def ray_executor(plan: Plan, path: Path) -> Executor:
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "2000000000")
     import ray
 
-    from cluster.pool import RayPool
+    from cluster.ray_pool import RayPool
 
     if not ray.is_initialized():
         if address := os.environ.get("RAY_ADDRESS"):

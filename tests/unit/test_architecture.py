@@ -91,9 +91,9 @@ def test_module_imports_nothing_from_above(module):
     assert above == set()
 
 
-def test_only_the_pool_knows_ray():
+def test_only_the_ray_pool_and_jobs_know_ray():
     knowing = {m for m in modules() if any(n.split(".")[0] == "ray" for n in every_import(m))}
-    assert knowing <= {"cluster.pool", "cluster.jobs", "pipeline.sweep"}
+    assert knowing <= {"cluster.ray_pool", "cluster.jobs", "pipeline.sweep"}
 
 
 def test_only_the_engine_traces():
