@@ -6,7 +6,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,7 +171,7 @@ class Replica:
 
     Parameters
     ----------
-    config : the sweep config as JSON-able data. store : path that every node sees.
+    config : the sweep config as JSON-able data. store : address of the store, which every node sees.
     """
 
     def __init__(self, config: Mapping[str, Any], store: str) -> None:
@@ -181,7 +180,7 @@ class Replica:
         parsed = SweepConfig.model_validate(config)
         torch.set_num_threads(parsed.engine.threads)
         self.plan = make_plan(parsed, checked=True)
-        self.store = Store(Path(store))
+        self.store = Store(store)
         if parsed.hash() != self.store.config_hash:
             raise StoreError(f"store {store} holds another config than this replica sees: an image of it differs here.")
         pipe = load_pipeline(self.plan.model, dtype=parsed.model.dtype, device=parsed.model.device)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from pipeline.store import DONE, FAILED, PENDING, Journal, open_store
+from pipeline.store import DONE, FAILED, PENDING, Journal, Place, open_store, status_of
 
 
-def summarise(path: Path) -> list[dict[str, Any]]:
+def summarise(place: Place) -> list[dict[str, Any]]:
     """Count units by status for every group that has one; finished units still in the journal only are counted.
 
     Raises
     ------
-    StoreError : the path is not a store.
+    StoreError : the place is not a store.
     """
-    store = open_store(path)
-    journaled = {(e["group"], e["index"]): e for e in Journal(path).entries() if "group" in e}
+    store = open_store(place)
+    found = {name: store.status(name) for name in store.groups()}
+    for entry in Journal(store.location).entries():
+        status, index = status_of(entry), entry.get("index", 0)
+        values = found.get(entry.get("group", ""))
+        if status is not None and values is not None and 0 <= index < len(values):
+            values[index] = status
     rows = []
-    for name in store.groups():
-        values = store.status(name)
-        for (where, index), entry in journaled.items():
-            if where == name and index < len(values):
-                values[index] = FAILED if entry.get("error") or entry.get("failed") else DONE
+    for name, values in found.items():
         counts = {
             word: int((values == code).sum())
             for word, code in (("done", DONE), ("pending", PENDING), ("failed", FAILED))

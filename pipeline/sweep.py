@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,19 @@ from cluster import Executor, InlinePool, PoolError, PoolOptions, WorkUnit
 from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
 from pipeline.plan import BASELINE, Plan, Unit
 from pipeline.screening import mean_over_samples, select
-from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, Store, consolidate, open_or_create
+from pipeline.store import (
+    DONE,
+    FAILED,
+    PENDING,
+    Journal,
+    Lease,
+    Place,
+    Store,
+    consolidate,
+    locate,
+    open_or_create,
+    status_of,
+)
 
 FLUSH_SECONDS = 2.0
 """How often the driver writes status; units finished since then are recovered from the journal."""
@@ -50,22 +61,20 @@ class SweepResult:
 class Ledger:
     """Status of every unit: read from status arrays and journal, written back by the driver alone."""
 
-    def __init__(self, store: Store, plan: Plan) -> None:
-        self.store = store
+    def __init__(self, store: Store, plan: Plan, journal: Journal, lease: Lease) -> None:
+        self.store, self.journal, self.lease = store, journal, lease
         self.groups = (BASELINE, *plan.by_name)
         self.status: dict[str, NDArray[np.uint8]] = {g: store.status(g) for g in self.groups}
         self.failed_cells: dict[tuple[str, int], int] = {}
         self._dirty: set[str] = set()
         self._flushed = time.monotonic()
-        self._recover(Journal(store.path))
+        self._recover()
 
-    def _recover(self, journal: Journal) -> None:
-        for entry in journal.entries():
-            group, index = entry.get("group"), entry.get("index")
-            if group in self.status and isinstance(index, int) and index < len(self.status[group]):
-                self.mark(
-                    group, index, FAILED if entry.get("error") or entry.get("failed") else DONE, entry.get("failed", 0)
-                )
+    def _recover(self) -> None:
+        for entry in self.journal.entries():
+            status, group, index = status_of(entry), entry.get("group"), entry.get("index", 0)
+            if status is not None and group in self.status and 0 <= index < len(self.status[group]):
+                self.mark(group, index, status, entry.get("failed", 0))
 
     def mark(self, group: str, index: int, status: int, failed_cells: int = 0) -> None:
         """Set one unit's status."""
@@ -86,6 +95,9 @@ class Ledger:
         """Write changed status arrays, at most every ``FLUSH_SECONDS`` unless forced."""
         if not force and time.monotonic() - self._flushed < FLUSH_SECONDS:
             return
+        self.lease.check()
+        # A unit that is marked done has its receipt in the journal.
+        self.journal.flush()
         for group in sorted(self._dirty):
             self.store.write_status(group, self.status[group])
         self._dirty.clear()
@@ -97,11 +109,12 @@ Observer = Callable[[Event, Unit | None], None]
 
 def run_sweep(
     plan: Plan,
-    path: Path,
+    place: Place,
     *,
-    make_executor: Callable[[Plan, Path], Executor] | None = None,
+    make_executor: Callable[[Plan, Place], Executor] | None = None,
     observe: Observer | None = None,
     on_start: Callable[[int, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> SweepResult:
     """Run every unit of a plan that the store does not hold yet.
 
@@ -109,25 +122,27 @@ def run_sweep(
     ----------
     make_executor : builds the pool once the store exists; the default runs in this process.
     observe : called with every event and its unit. on_start : called with units to run, units in all,
-        and cells to run.
+        and cells to run. say : told about an earlier driver that has to be waited for or was taken over from.
 
     Raises
     ------
     StoreError : see ``open_or_create``; also if another process drives the store.
     """
-    store = open_or_create(path, plan)
-    lock = DriverLock(path)
-    lock.acquire()
+    location = locate(place)
+    store = open_or_create(location, plan)
+    lease = Lease(location, say=say)
+    lease.acquire()
+    journal = Journal(location, lease.generation)
     try:
         store.sweep_partial_files()
-        ledger, journal = Ledger(store, plan), Journal(path)
+        ledger = Ledger(store, plan, journal, lease)
         todo = [unit for unit in plan.units() if ledger.pending(unit)]
         cells = functools.partial(_cells_of, store, plan)
         if on_start is not None:
             on_start(len(todo), sum(len(s) for s in ledger.status.values()), sum(map(cells, todo)))
         result = SweepResult()
         if todo:
-            executor = (make_executor or inline_executor)(plan, path)
+            executor = (make_executor or inline_executor)(plan, location)
             try:
                 for units in _phases(todo, plan):
                     if units and _may_start(store, plan, units, result):
@@ -136,12 +151,13 @@ def run_sweep(
                 ledger.flush(force=True)
                 executor.close()
         ledger.flush(force=True)
-        judged = not result.interrupted and _judge(path, plan, again=bool(todo))
+        judged = not result.interrupted and _judge(location, plan, again=bool(todo))
         if todo or judged:
-            consolidate(path)
+            consolidate(location)
         return _summarise(result, ledger)
     finally:
-        lock.release()
+        journal.close()
+        lease.release()
 
 
 def _cells_of(store: Store, plan: Plan, unit: Unit) -> int:
@@ -170,13 +186,13 @@ def _may_start(store: Store, plan: Plan, units: list[Unit], result: SweepResult)
     return True
 
 
-def _judge(path: Path, plan: Plan, *, again: bool) -> bool:
+def _judge(place: Place, plan: Plan, *, again: bool) -> bool:
     """Compare estimates and verified effects of every screened experiment in its attributes; return whether it did."""
     if not plan.screened:
         return False
     from pipeline.effects.agreement import write_agreement
 
-    return sum(write_agreement(path, grid.experiment.name, again=again) for grid in plan.screened) > 0
+    return sum(write_agreement(place, grid.experiment.name, again=again) for grid in plan.screened) > 0
 
 
 def _drive(
@@ -263,18 +279,18 @@ def pool_options(plan: Plan) -> PoolOptions:
     )
 
 
-def _factory(plan: Plan, path: Path) -> Callable[[], Any]:
+def _factory(plan: Plan, place: Place) -> Callable[[], Any]:
     from pipeline.replica import Replica
 
-    return functools.partial(Replica, plan.config.model_dump(mode="json"), str(path.resolve()))
+    return functools.partial(Replica, plan.config.model_dump(mode="json"), locate(place).address)
 
 
-def inline_executor(plan: Plan, path: Path) -> Executor:
+def inline_executor(plan: Plan, place: Place) -> Executor:
     """Run units in this process, without Ray."""
-    return InlinePool(_factory(plan, path), pool_options(plan))
+    return InlinePool(_factory(plan, place), pool_options(plan))
 
 
-def ray_executor(plan: Plan, path: Path) -> Executor:
+def ray_executor(plan: Plan, place: Place) -> Executor:
     """Run units on Ray actors: the cluster at ``RAY_ADDRESS`` if that is set, else a local one started here."""
     import logging
     import os
@@ -306,4 +322,4 @@ def ray_executor(plan: Plan, path: Path) -> Executor:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    return RayPool(_factory(plan, path), pool_options(plan))
+    return RayPool(_factory(plan, place), pool_options(plan))

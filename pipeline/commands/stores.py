@@ -56,19 +56,20 @@ def report(
     store: StorePath,
     *,
     out: Annotated[
-        Path | None, Parameter(help="Folder for report.html and its PNGs; default STORE with suffix _report.")
+        Path | None, Parameter(help="Folder for report.html and its PNGs; default NAME_report beside STORE, or here.")
     ] = None,
 ) -> int:
     """Draw a store's effects as one HTML page that opens offline, and as PNG files.
 
     Example: ``stepscope report runs/maze_demo.zarr --out runs/demo_report``
     """
+    from pipeline.effects.experiment import group_names
     from pipeline.report import write_report
     from pipeline.store import open_store
 
-    open_store(store)
-    if not (store / "effects").exists():
+    location = open_store(store).location
+    if "effects" not in group_names(location):
         raise UsageError(f"{store} has no effects yet. Run first: stepscope effects {store}")
-    page = write_report(store, out or store.with_name(store.stem + "_report"))
+    page = write_report(location, out or location.report_folder)
     print(f"Wrote {page}.")
     return OK

@@ -13,13 +13,16 @@ from pipeline.commands.options import FAILED, INTERRUPTED, OK, Config, Set, app,
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
+    from pipeline.store import Location
 
 
 @app.command
 def run(
     config: Config,
     *,
-    store: Annotated[Path | None, Parameter(help="Where results go; default runs/NAME.zarr.")] = None,
+    store: Annotated[
+        str | None, Parameter(help="Where results go: a folder, s3://... or gs://...; default runs/NAME.zarr.")
+    ] = None,
     set_: Set = None,
     replicas: Annotated[
         int | None, Parameter(converter=whole_number, help="Model replicas; 0 runs in this process without Ray.")
@@ -35,21 +38,23 @@ def run(
     from pipeline.progress import SweepProgress
     from pipeline.sweep import inline_executor, ray_executor, run_sweep
 
-    plan, path = bind(config, set_ or [], store, replicas)
+    plan, place = bind(config, set_ or [], store, replicas)
     executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
     with SweepProgress() as progress:
-        result = run_sweep(plan, path, make_executor=executor, observe=progress.observe, on_start=progress.start)
+        result = run_sweep(
+            plan, place, make_executor=executor, observe=progress.observe, on_start=progress.start, say=say
+        )
     if result.interrupted:
-        say(f"Interrupted: {result.done} units are safe in {path}, {result.pending} are left.")
+        say(f"Interrupted: {result.done} units are safe in {place}, {result.pending} are left.")
         say(f"Resume with: {_again()}")
         return INTERRUPTED
     if result.failed:
-        say(f"{result.failed} units hold failures: {result.failed_cells} cells have no finite value (NaN in {path}).")
+        say(f"{result.failed} units hold failures: {result.failed_cells} cells have no finite value (NaN in {place}).")
         for text in result.errors[:5]:
             say(f"  {text}")
         say("Running the same command tries them again.")
         return FAILED
-    say(f"Done: {result.done} units in {path} ({result.computed} computed now).")
+    say(f"Done: {result.done} units in {place} ({result.computed} computed now).")
     return OK
 
 
@@ -65,7 +70,7 @@ def plan(
 
     Example: ``stepscope plan configs/maze_demo.yaml --set task.mazes=100``
     """
-    planned, path = bind(config, set_ or [], None, None)
+    planned, place = bind(config, set_ or [], None, None)
     cost = planned.cost()
     facts: dict[str, Any] = {
         "name": planned.config.name,
@@ -77,7 +82,7 @@ def plan(
         "row_forwards": cost.row_forwards,
         "row_forwards_naive": cost.naive_row_forwards,
         "bytes": cost.bytes,
-        "store": str(path),
+        "store": str(place),
         "experiments": {g.experiment.name: dict(zip(g.dims, g.shape, strict=True)) for g in planned.grids},
     }
     if calibrate:
@@ -100,14 +105,16 @@ def plan(
     return OK
 
 
-def bind(config: Path, overrides: list[str], store: Path | None, replicas: int | None) -> tuple[Plan, Path]:
+def bind(config: Path, overrides: list[str], store: str | None, replicas: int | None) -> tuple[Plan, Location]:
     from pipeline.config import load_config
     from pipeline.plan import make_plan
+    from pipeline.store import locate
 
+    place = locate(store) if store is not None else None
     if replicas is not None:
         overrides = [*overrides, f"run.replicas={replicas}"]
     loaded = load_config(config, overrides)
-    return make_plan(loaded, config, overrides), store or Path("runs") / f"{loaded.name}.zarr"
+    return make_plan(loaded, config, overrides), place or locate(Path("runs") / f"{loaded.name}.zarr")
 
 
 def _again() -> str:

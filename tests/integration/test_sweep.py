@@ -21,7 +21,7 @@ from cluster.events import UnitDone
 from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.plan import make_plan
-from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, StoreError, open_store
+from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, StoreError, open_store
 from pipeline.sweep import ray_executor, run_sweep
 from tests.reference.recompute import TOLERANCE, worst_differences
 from tests.sweep_fixture import arrays, assert_same_arrays, save_tiny_model, tiny_config, write_config
@@ -62,11 +62,11 @@ def test_every_unit_is_done_and_every_cell_finite(undisturbed, config):
 
 
 def test_a_second_call_computes_nothing(undisturbed, config):
-    before = Journal(undisturbed).entries()
+    before = list(Journal(undisturbed).entries())
     result = run_sweep(plan_of(config), undisturbed)
     assert result.computed == 0
     assert result.pending == 0
-    assert Journal(undisturbed).entries() == before
+    assert list(Journal(undisturbed).entries()) == before
 
 
 def test_ten_random_cells_agree_with_plain_hooks(undisturbed):
@@ -237,13 +237,13 @@ def test_a_unit_that_raises_is_retried_then_reported(config, tmp_path, monkeypat
 
 
 def test_two_drivers_on_one_store_are_refused(config, undisturbed):
-    lock = DriverLock(undisturbed)
-    lock.acquire()
+    lease = Lease(undisturbed)
+    lease.acquire()
     try:
         with pytest.raises(StoreError, match="is being driven by process"):
             run_sweep(plan_of(config), undisturbed)
     finally:
-        lock.release()
+        lease.release()
 
 
 def test_a_store_of_another_config_is_refused_with_the_differing_keys(config, undisturbed, capsys):
@@ -254,7 +254,7 @@ def test_a_store_of_another_config_is_refused_with_the_differing_keys(config, un
 
 def test_receipts_add_up_to_the_plan(undisturbed, config):
     cost = plan_of(config).cost()
-    entries = Journal(undisturbed).entries()
+    entries = list(Journal(undisturbed).entries())
     assert len(entries) == cost.units
     assert sum(e["row_forwards"] for e in entries) == cost.row_forwards
     assert sum(e["cells"] for e in entries if e["group"] != "baseline") == cost.cells
