@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -184,6 +185,7 @@ class Replica:
         if parsed.hash() != self.store.config_hash:
             raise StoreError(f"store {store} holds another config than this replica sees: an image of it differs here.")
         pipe = load_pipeline(self.plan.model, dtype=parsed.model.dtype, device=parsed.model.device)
+        self.hardware = _hardware(pipe)
         self.computer = Computer(self.plan, pipe)
         require_controls(
             self.computer.engine, self.plan.task.inputs(pipe, self.plan.samples[0], self.plan.config.sampler)
@@ -227,6 +229,15 @@ class Replica:
         if chosen is None:
             raise StoreError(f"the cells of {unit.group} to verify are not chosen yet. Screen every sample first.")
         return chosen
+
+
+def _hardware(pipe: Any) -> str:
+    """Name what a pipeline computes on; equal names promise equal bits."""
+    import torch
+
+    if pipe.device.type == "cuda":
+        return str(torch.cuda.get_device_name(pipe.device))
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _with_given_frames(record: Record, estimate: Any) -> Any:

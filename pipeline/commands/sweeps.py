@@ -31,12 +31,14 @@ def run(
     """Run a sweep, or the rest of one: the same command resumes an interrupted store.
 
     Replicas are Ray actors on this machine, or on the cluster named by RAY_ADDRESS.
+    Ctrl-C, SIGTERM and `stepscope cancel` let the units in flight finish; once more stops at once.
     Exit code 0: every cell has a value; 1: some failed; 2: bad input; 130: interrupted.
 
     Example: ``stepscope run configs/maze_demo.yaml --store runs/demo.zarr --set sampler.steps=10``
     """
+    from pipeline.executors import inline_executor, ray_executor
     from pipeline.progress import SweepProgress
-    from pipeline.sweep import inline_executor, ray_executor, run_sweep
+    from pipeline.sweep import run_sweep
 
     plan, place = bind(config, set_ or [], store, replicas)
     executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
@@ -45,7 +47,7 @@ def run(
             plan, place, make_executor=executor, observe=progress.observe, on_start=progress.start, say=say
         )
     if result.interrupted:
-        say(f"Interrupted: {result.done} units are safe in {place}, {result.pending} are left.")
+        say(f"Interrupted ({result.stopped}): {result.done} units are safe in {place}, {result.pending} are left.")
         say(f"Resume with: {_again()}")
         return INTERRUPTED
     if result.failed:

@@ -20,9 +20,10 @@ import pipeline.replica
 from cluster.events import UnitDone
 from pipeline.cli import main
 from pipeline.config import load_config
+from pipeline.executors import ray_executor
 from pipeline.plan import make_plan
 from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, StoreError, open_store
-from pipeline.sweep import ray_executor, run_sweep
+from pipeline.sweep import run_sweep
 from tests.reference.recompute import TOLERANCE, worst_differences
 from tests.sweep_fixture import arrays, assert_same_arrays, save_tiny_model, tiny_config, write_config
 
