@@ -102,8 +102,10 @@ def run_sweep(
         if on_start is not None:
             on_start(units, len(ledger), cells)
         if units:
+            # Made first, as connecting to Ray sets a handler of its own for SIGTERM.
+            executor = make_executor(plan, location)
             with stopping.on_signals(plan.config.run.drain_s, say):
-                drive.all(make_executor(plan, location))
+                drive.all(executor)
         ledger.flush(force=True)
         judged = not drive.result.interrupted and _judge(location, plan, again=bool(units))
         if units or judged:
