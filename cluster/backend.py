@@ -60,7 +60,10 @@ Answer: TypeAlias = Placed | Built | BuildFailed | Finished | Leaving | Died
 
 
 class Backend(Protocol):
-    """Replicas by number. After ``kill`` no answer of a replica is given any more, whatever it had been asked."""
+    """Replicas by number. After ``kill`` no answer of a replica is given any more, whatever it had been asked.
+
+    What one ``wait`` has returned already may name a replica that is killed because of an answer ahead of it.
+    """
 
     def open(self) -> None:
         """Check that replicas can be asked for; raises PoolError if not."""

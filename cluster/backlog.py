@@ -19,12 +19,14 @@ class Waiting:
     arrival : position of the unit in the order in which units were pulled.
     alone : whether it must not share the window of a replica, as it may be the one that kills.
     avoid : the replica on which it failed last; another one tells a bad unit from a bad replica.
+    avoid_until : time after which any replica will do, as the others do not come free.
     """
 
     unit: WorkUnit
     arrival: int
     alone: bool = False
     avoid: int | None = None
+    avoid_until: float = float("inf")
 
 
 def _arrival(waiting: Waiting) -> int:

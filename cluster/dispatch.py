@@ -17,6 +17,7 @@ _WINDOWS_OF_LOOK_AHEAD = 4
 _PACES_KEPT = 101
 _PACES_NEEDED = 5
 _LEAST_STRAGGLE_S = 0.5
+_UNITS_OF_PATIENCE = 3
 _NOWHERE = object()
 _NEVER = float("inf")
 
@@ -52,11 +53,13 @@ class Dispatcher:
     so only that one is charged with an attempt when the replica dies; the others go back to the queue unharmed.
     As the answer of a finished unit can be lost when the next one kills the process at once, the charge may hit the
     wrong one: all units of a lost window run alone from then on, so no unit pays twice for another. A unit that was
-    charged goes to another replica if there is one, so that a bad replica does not use up the attempts of a good unit.
+    charged goes to another replica if one comes free in the time that a unit takes, so that a bad replica does not use
+    up the attempts of a good unit. One that took its replica along waits behind all units pulled before: a replica
+    that kills whatever it gets is known by more than ``max_restarts`` different units before any of them comes twice.
 
     Parameters
     ----------
-    units : pulled only as far as the look-ahead of four full windows of all replicas.
+    units : pulled only as far as the look-ahead: for each replica four full windows, or as many as it may be lost for.
     options : number of replicas, size of a window, attempts for each unit, length of a lease.
     on_event : observer of the units.
     clock : seconds, for leases and stragglers.
@@ -71,7 +74,8 @@ class Dispatcher:
     ) -> None:
         self._source: Iterator[WorkUnit] | None = iter(units)
         self._options, self._on_event, self._clock = options, on_event, clock
-        self._look_ahead = _WINDOWS_OF_LOOK_AHEAD * max(options.replicas, 1) * options.in_flight
+        ahead = max(_WINDOWS_OF_LOOK_AHEAD * options.in_flight, options.max_restarts + 1)
+        self._look_ahead = max(options.replicas, 1) * ahead
         self._arrivals = 0
         self._backlog = Backlog()
         self._windows: dict[int, deque[Lease]] = {}
@@ -79,7 +83,8 @@ class Dispatcher:
         self._localities: dict[int, Hashable] = {}
         self._served: Counter[Hashable] = Counter()
         self._attempts: dict[int, int] = {}
-        self._copies: dict[int, Lease] = {}
+        # None once a copy has failed: it stays the only one of its attempt.
+        self._copies: dict[int, Lease | None] = {}
         self._paces: deque[float] = deque(maxlen=_PACES_KEPT)
         self._draining = False
         self._refill()
@@ -147,8 +152,7 @@ class Dispatcher:
         spare = self._source is None and not self._backlog and not self._draining and not self.holds(replica)
         if not factor or not spare or len(self._paces) < _PACES_NEEDED or replica not in self._windows:
             return None
-        pace = factor * median(self._paces)
-        hardware = self._hardware.get(replica, "")
+        pace, hardware = factor * median(self._paces), self._hardware.get(replica, "")
         due = [
             (lease.began + max(_LEAST_STRAGGLE_S, pace * lease.unit.weight), lease)
             for lease in self._leases()
@@ -165,10 +169,12 @@ class Dispatcher:
             if outcome.error is None and not outcome.refused:
                 self._finish(lease, outcome)
             elif lease.copy:
-                del self._copies[lease.unit.id]
+                self._end_copy(lease, failed=not (outcome.refused or outcome.halts))
             elif self._promote(lease):
                 pass
             elif outcome.refused or outcome.halts:
+                # A refusal may be due to the units that were sent with it.
+                lease.alone = lease.alone or outcome.refused
                 self._give_back(lease, outcome.error or "its replica is about to go")
             else:
                 self._retry_or_fail(lease, outcome.error or "")
@@ -207,7 +213,7 @@ class Dispatcher:
     def _accepts(self, replica: int, waiting: Waiting) -> bool:
         if waiting.alone and self._windows[replica]:
             return False
-        return waiting.avoid != replica or len(self._windows) < 2
+        return waiting.avoid != replica or len(self._windows) < 2 or waiting.avoid_until <= self._clock()
 
     def _serve(self, replica: int, locality: Hashable) -> None:
         self._forget(replica)
@@ -250,7 +256,8 @@ class Dispatcher:
         if self._copies.pop(unit.id, None) is not None:
             for other in self._leases():
                 other.void = other.void or other.unit.id == unit.id
-        self._paces.append(outcome.seconds / max(unit.weight, 1e-12))
+        if unit.weight > 0:
+            self._paces.append(outcome.seconds / unit.weight)
         self._on_event(
             UnitDone(
                 unit=unit.id,
@@ -271,11 +278,12 @@ class Dispatcher:
             if lease.void:
                 continue
             if lease.copy:
-                del self._copies[lease.unit.id]
+                self._end_copy(lease, failed=charge)
             elif self._promote(lease):
                 continue
             elif lease.attempt and charge:
                 charged.append(lease.unit.id)
+                lease.arrival = self._next_arrival()
                 self._retry_or_fail(lease, error)
             elif lease.attempt:
                 self._give_back(lease, error)
@@ -303,6 +311,13 @@ class Dispatcher:
             del self._attempts[unit]
             self._on_event(UnitFailed(unit=unit, attempts=lease.attempt, error=error))
 
+    def _end_copy(self, copy: Lease, *, failed: bool) -> None:
+        """Go on with the original alone; what failed once is not copied again and again while the original runs."""
+        if failed:
+            self._copies[copy.unit.id] = None
+        else:
+            del self._copies[copy.unit.id]
+
     def _promote(self, lease: Lease) -> bool:
         """Let the copy of a unit, if there is one, stand for the attempt from now on."""
         copy = self._copies.pop(lease.unit.id, None)
@@ -311,7 +326,19 @@ class Dispatcher:
         return copy is not None
 
     def _requeue(self, lease: Lease, avoid: int | None = None) -> None:
-        self._backlog.add(Waiting(lease.unit, lease.arrival, lease.alone, avoid))
+        until = self._clock() + self._time_of_a_unit()
+        self._backlog.add(Waiting(lease.unit, lease.arrival, lease.alone, avoid, until))
+
+    def _time_of_a_unit(self) -> float:
+        """Return seconds in which a replica that runs a unit should come free; the lease while nothing is known."""
+        if len(self._paces) < _PACES_NEEDED:
+            return self._options.lease_s
+        heaviest = max((lease.unit.weight for lease in self._leases()), default=1.0)
+        return max(_LEAST_STRAGGLE_S, _UNITS_OF_PATIENCE * heaviest * median(self._paces))
+
+    def _next_arrival(self) -> int:
+        self._arrivals += 1
+        return self._arrivals - 1
 
     def _refill(self) -> None:
         while self._source is not None and not self._draining and len(self._backlog) < self._look_ahead:
@@ -322,5 +349,4 @@ class Dispatcher:
                 raise ValueError(f"Two units share an id: {unit.id}. Give every unit of a run its own.")
             else:
                 self._attempts[unit.id] = 0
-                self._backlog.add(Waiting(unit, self._arrivals))
-                self._arrivals += 1
+                self._backlog.add(Waiting(unit, self._next_arrival()))

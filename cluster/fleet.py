@@ -14,6 +14,8 @@ from cluster.work import PoolError, ReplicaStartError, start_failure
 
 _STANDBY = 1
 """Idle replicas that stay while others work, to copy what straggles."""
+_TELL_AFTER_S = 5.0
+"""Without a place for so long, observers are told, and again whenever the time has doubled: any start takes seconds."""
 
 
 class State(StrEnum):
@@ -67,7 +69,7 @@ class Fleet:
         self._charged: set[int] = set()
         self._last_error = ""
         self._homeless_since: float | None = None
-        self._told = -math.inf
+        self._tell_after = _TELL_AFTER_S
 
     @property
     def up(self) -> list[Slot]:
@@ -78,9 +80,13 @@ class Fleet:
         """Return a replica by its number."""
         return self._slots[replica]
 
+    def alive(self, replica: int) -> bool:
+        """Whether a replica has been asked for and not been ended since."""
+        return self._slots[replica].state in _ALIVE
+
     def begin(self) -> None:
         """Start a run: what was given up in an earlier one gets another chance."""
-        self._homeless_since, self._told = None, -math.inf
+        self._homeless_since = None
         for slot in self._slots:
             if slot.state is State.GIVEN_UP:
                 slot.state = State.ABSENT
@@ -104,7 +110,8 @@ class Fleet:
     def placed(self, replica: int) -> None:
         """Take note of a place: from now on the worker must be built in time."""
         slot = self._slots[replica]
-        slot.state, slot.deadline = State.BUILDING, self._clock() + self._options.start_timeout_s
+        if slot.state is State.PLACING:
+            slot.state, slot.deadline = State.BUILDING, self._clock() + self._options.start_timeout_s
 
     def built(self, replica: int, hardware: str, on_event: Callback) -> None:
         """Take note of a worker."""
@@ -142,20 +149,30 @@ class Fleet:
         too_often = slot.losses > self._options.max_restarts
         alone = not any(other.state is State.UP for other in self._slots if other is not slot)
         spared = alone and bool(charged) and len(self._charged) <= self._options.max_restarts
-        self._lost(slot, error, give_up=too_often and not spared, on_event=on_event)
+        self._lost(slot, error, give_up=too_often and not spared, tries=slot.losses, on_event=on_event)
 
     def finished_unit(self, replica: int) -> None:
         """Take note that a replica works: its losses are no longer in a row."""
         self._slots[replica].losses = 0
         self._charged.clear()
 
-    def expire_builds(self, on_event: Callback) -> list[int]:
-        """Give up replicas whose worker is not built in time; return them."""
-        late = [slot for slot in self._slots if slot.state is State.BUILDING and slot.deadline <= self._clock()]
-        for slot in late:
+    def late(self) -> list[int]:
+        """Return the replicas whose worker is not built in time."""
+        now = self._clock()
+        return [slot.index for slot in self._slots if slot.state is State.BUILDING and slot.deadline <= now]
+
+    def expire_builds(self, on_event: Callback) -> None:
+        """End replicas whose worker is not built in time; they try again only if another one has built its own.
+
+        Raises
+        ------
+        ReplicaStartError : no replica of this pool ever had a worker.
+        """
+        for slot in map(self.slot, self.late()):
+            slot.failures += 1
+            last = not self._ever_built or slot.failures >= self._options.max_attempts
             error = f"the worker was not built within start_timeout_s ({self._options.start_timeout_s:g} s)"
-            self._lost(slot, error, give_up=True, on_event=on_event)
-        return [slot.index for slot in late]
+            self._lost(slot, error, give_up=last, tries=slot.failures, on_event=on_event)
 
     def release_idle(self, on_event: Callback) -> list[int]:
         """End replicas that have waited for work too long, all but one; return them."""
@@ -165,20 +182,22 @@ class Fleet:
         waited = [slot for slot in idle if slot.idle_since is not None and slot.idle_since + limit <= now]
         released = waited[keep:] if len(waited) == len(idle) else waited
         for slot in released:
-            self._end(slot)
-            on_event(ReplicaReleased(replica=slot.index, reason=f"idle for {limit:g} s"))
+            self.release(slot.index, f"idle for {limit:g} s", on_event)
         return [slot.index for slot in released]
 
-    def release_leaving(self, replica: int, on_event: Callback) -> None:
-        """End a replica whose node is about to go; it is started again elsewhere."""
-        slot = self._slots[replica]
-        reason = slot.leaving or "its node is about to go"
-        self._end(slot, shun_node=True)
+    def release(self, replica: int, reason: str, on_event: Callback, *, shun_node: bool = False) -> None:
+        """End a replica on purpose; it may be started again, elsewhere if its node is to be shunned."""
+        self._end(self._slots[replica], shun_node=shun_node)
         on_event(ReplicaReleased(replica=replica, reason=reason))
 
-    def next_due(self) -> float:
-        """Return the time of the next thing to do if nothing is answered before."""
-        return min(self._due_times(), default=math.inf)
+    def next_due(self, after: float) -> float:
+        """Return the time of the next thing to do if nothing is answered before.
+
+        Parameters
+        ----------
+        after : when it was last seen to that everything due is done; a replica may be due and not be wanted.
+        """
+        return min((due for due in self._due_times() if due > after), default=math.inf)
 
     def close(self) -> None:
         """Forget every replica, after the backend has killed them."""
@@ -194,6 +213,9 @@ class Fleet:
                 yield slot.deadline
             elif slot.state is State.UP and slot.idle_since is not None:
                 yield slot.idle_since + self._options.idle_release_s
+        if self._homeless_since is not None:
+            yield self._homeless_since + self._options.capacity_wait_s
+            yield self._homeless_since + self._tell_after
 
     def _end(self, slot: Slot, *, shun_node: bool = False) -> None:
         self._backend.kill(slot.index, shun_node=shun_node)
@@ -221,7 +243,7 @@ class Fleet:
         """Raise when there has been no place for any replica for too long, and could be none."""
         waiting = any(slot.state is State.PLACING for slot in self._slots)
         if not waiting or any(slot.state in (State.BUILDING, State.UP) for slot in self._slots):
-            self._homeless_since = None
+            self._homeless_since, self._tell_after = None, _TELL_AFTER_S
             return
         now = self._clock()
         self._homeless_since = now if self._homeless_since is None else self._homeless_since
@@ -232,6 +254,6 @@ class Fleet:
                 f"The cluster cannot hold the pool: {text}, after {waited:.0f} s. "
                 "Ask for smaller replicas, add nodes, or raise capacity_wait_s where an autoscaler adds them."
             )
-        if waited and now - self._told >= max(limit, 1.0):
-            self._told = now
+        if waited >= self._tell_after:
+            self._tell_after = 2 * waited
             on_event(PoolWaiting(seconds=waited, reason=text))

@@ -37,7 +37,7 @@ class InlinePool:
 
     def __init__(self, factory: Factory, options: PoolOptions | None = None) -> None:
         self._factory = factory
-        self._options = replace(options or PoolOptions(), replicas=1, in_flight=1)
+        self._options = replace(options or PoolOptions(), replicas=1, in_flight=1, max_restarts=0)
         self._worker: Worker | None = None
 
     def run(self, units: Iterable[WorkUnit], on_event: Callback, stop: Stop = never) -> bool:
@@ -74,7 +74,7 @@ class InlinePool:
         while True:
             try:
                 worker = self._factory()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failures += 1
                 last = failures == self._options.max_attempts
                 # There is no other process to hope for, so there is no pause either.

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-import urllib.error
+import os
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TypeAlias
+from http.client import HTTPException
+from typing import Any, TypeAlias
 
 Notice: TypeAlias = Callable[[], str | None]
 """Returns why the machine will go, or None."""
 
 _TIMEOUT_S = 1.0
+_LONGEST = 2**16
 _LINK_LOCAL = "http://169.254.169.254"
 BASES: Mapping[str, str] = {"aws": _LINK_LOCAL, "gcp": "http://metadata.google.internal", "azure": _LINK_LOCAL}
 """Where each cloud answers, from inside its machines only."""
 
+_AZURE = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+_AZURE_EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
 _GOING = ("Preempt", "Terminate")
 
 
@@ -37,8 +40,8 @@ def watch_for(names: Sequence[str], bases: Mapping[str, str] = BASES) -> Notice:
 
 def _source(name: str, bases: Mapping[str, str]) -> Notice:
     if name.startswith("file:") and len(name) > len("file:"):
-        path = Path(name.removeprefix("file:"))
-        return lambda: f"{path} is there" if path.exists() else None
+        path = name.removeprefix("file:")
+        return lambda: f"{path} is there" if os.path.exists(path) else None
     if name not in _CLOUDS:
         raise ValueError(f"no source of notices is called {name!r}. Use {', '.join(_CLOUDS)} or file:PATH.")
     cloud, base = _CLOUDS[name], bases[name]
@@ -49,8 +52,11 @@ def _aws(base: str) -> str | None:
     # Version 2 of the service wants a session token; machines of version 1 ignore it.
     token = _ask(f"{base}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, method="PUT")
     headers = {"X-aws-ec2-metadata-token": token} if token else {}
-    action = _ask(f"{base}/latest/meta-data/spot/instance-action", headers)
-    return f"the spot instance will go: {action}" if action else None
+    notice = _parse(_ask(f"{base}/latest/meta-data/spot/instance-action", headers))
+    # Anything else that answers at this address is not that service.
+    if not isinstance(notice, dict) or not isinstance(action := notice.get("action"), str):
+        return None
+    return f"the spot instance will {action} at {notice.get('time', 'a time not given')}"
 
 
 def _gcp(base: str) -> str | None:
@@ -59,13 +65,22 @@ def _gcp(base: str) -> str | None:
 
 
 def _azure(base: str) -> str | None:
-    text = _ask(f"{base}/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
+    answer = _parse(_ask(f"{base}{_AZURE_EVENTS}", {"Metadata": "true"}))
     try:
-        events = json.loads(text or "{}").get("Events", [])
-        kinds = [event["EventType"] for event in events if event["EventType"] in _GOING]
-    except (ValueError, LookupError, TypeError, AttributeError):
+        going = [event for event in answer["Events"] if event["EventType"] in _GOING]
+        # Every machine of a scale set hears of the events of all.
+        name = _ask(f"{base}{_AZURE}", {"Metadata": "true"}) if going else None
+        kinds = [event["EventType"].lower() for event in going if name in event["Resources"]]
+    except (LookupError, TypeError, AttributeError):
         return None
-    return f"the machine is scheduled to {kinds[0].lower()}" if kinds else None
+    return f"the machine is scheduled to {kinds[0]}" if kinds else None
+
+
+def _parse(text: str | None) -> Any:
+    try:
+        return json.loads(text or "null")
+    except ValueError:
+        return None
 
 
 def _ask(url: str, headers: Mapping[str, str], method: str = "GET") -> str | None:
@@ -74,8 +89,8 @@ def _ask(url: str, headers: Mapping[str, str], method: str = "GET") -> str | Non
     request = urllib.request.Request(url, headers=dict(headers), method=method)
     try:
         with opener.open(request, timeout=_TIMEOUT_S) as reply:
-            return str(reply.read(4096).decode(errors="replace")).strip()
-    except (OSError, ValueError):
+            return str(reply.read(_LONGEST).decode(errors="replace")).strip()
+    except (OSError, ValueError, HTTPException):
         return None
 
 

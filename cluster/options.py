@@ -37,7 +37,7 @@ class PoolOptions:
     max_restarts: int = 5
     backoff_s: float = 1
     start_timeout_s: float = 300
-    capacity_wait_s: float = 30
+    capacity_wait_s: float = 20
     lease_s: float = 3600
     straggler_factor: float = 3
     idle_release_s: float = 60

@@ -56,7 +56,9 @@ class Pool:
         except BaseException:
             self.close()
             raise
-        if not dispatcher.finished:
+        if dispatcher.finished:
+            run.part_with_losers()
+        else:
             self.close()
         return dispatcher.finished
 
@@ -84,6 +86,8 @@ class _Run:
         self._calls: dict[int, Lease] = {}
         self._drain_until = math.inf
         self._halted: str | None = None
+        self._ask_at = -math.inf
+        self._kept_up_at = -math.inf
 
     def welcome(self) -> None:
         """Count in the replicas that an earlier run has left."""
@@ -94,19 +98,41 @@ class _Run:
     def loop(self, stop: Stop) -> None:
         """Go on until every unit has ended, or the run is stopped and nothing is running any more."""
         while not self._dispatcher.finished:
-            if self._drain_until == math.inf and (stop() is not None or self._halted is not None):
+            if self._drain_until == math.inf and (self._halted is not None or self._told_to(stop)):
                 self._drain_until = self._clock() + self._options.drain_s
                 self._dispatcher.drain(self._options.drain_s)
             if self._dispatcher.drained or self._clock() >= self._drain_until:
                 break
             self._keep_up()
             self._hand_out()
-            for answer in self._backend.wait(self._patience()):
-                self._hear(answer)
-        if self._halted is not None:
+            self._listen(self._patience())
+        if self._halted is not None and not self._dispatcher.finished:
             raise PoolHaltedError(self._halted)
 
+    def part_with_losers(self) -> None:
+        """End replicas that still run a unit of which a copy was faster: the next run must not wait behind it."""
+        for slot in self._fleet.up:
+            if self._dispatcher.holds(slot.index):
+                self._fleet.release(slot.index, "a copy of its unit was faster", self._on_event)
+
+    def _told_to(self, stop: Stop) -> bool:
+        now = self._clock()
+        if now < self._ask_at:
+            return False
+        self._ask_at = now + _POLL_S
+        return stop() is not None
+
+    def _listen(self, timeout_s: float) -> None:
+        for answer in self._backend.wait(timeout_s):
+            # What was answered before the replica was ended, by an answer ahead of this one, no longer counts.
+            if self._fleet.alive(answer.replica):
+                self._hear(answer)
+
     def _keep_up(self) -> None:
+        self._kept_up_at = self._clock()
+        if self._dispatcher.overdue() or self._fleet.late():
+            # The answer may be there already, if it was this process that had no time.
+            self._listen(0.0)
         for replica in self._dispatcher.overdue():
             error = f"the unit ran longer than its lease of {self._options.lease_s:g} s; the replica counts as hung"
             self._lose(replica, error)
@@ -121,9 +147,15 @@ class _Run:
         hungry = self._fleet.up
         while hungry:
             hungry = [slot for slot in hungry if self._send(slot.index, self._dispatcher.take(slot.index))]
+        content: set[str] = set()
         for slot in self._fleet.up:
-            if not self._dispatcher.holds(slot.index) and not self._send(slot.index, self._dispatcher.copy(slot.index)):
-                slot.idle_since = self._clock() if slot.idle_since is None else slot.idle_since
+            if self._dispatcher.holds(slot.index):
+                continue
+            # What does not straggle for one idle replica does not for another of the same hardware either.
+            if slot.hardware not in content and self._send(slot.index, self._dispatcher.copy(slot.index)):
+                continue
+            content.add(slot.hardware)
+            slot.idle_since = self._clock() if slot.idle_since is None else slot.idle_since
 
     def _send(self, replica: int, lease: Lease | None) -> bool:
         if lease is None:
@@ -135,9 +167,10 @@ class _Run:
         return True
 
     def _patience(self) -> float:
-        copies = (self._dispatcher.copy_due(slot.index) for slot in self._fleet.up)
+        idle = {slot.hardware: slot.index for slot in self._fleet.up if not self._dispatcher.holds(slot.index)}
+        copies = map(self._dispatcher.copy_due, idle.values())
         nearest = min(
-            self._fleet.next_due(),
+            self._fleet.next_due(self._kept_up_at),
             self._dispatcher.next_overdue(),
             self._drain_until,
             min((due[0] for due in copies if due is not None), default=math.inf),
@@ -149,7 +182,7 @@ class _Run:
             case Finished(replica=replica, ticket=ticket, outcome=outcome):
                 self._finish(replica, self._calls.pop(ticket, None), answer)
                 if outcome.halts:
-                    self._halted = outcome.error
+                    self._halted = self._halted or outcome.error
             case Placed(replica=replica):
                 self._fleet.placed(replica)
             case Built(replica=replica, hardware=hardware):
@@ -174,8 +207,9 @@ class _Run:
     def _let_go(self, replica: int) -> None:
         """End a replica that is about to go, once it has nothing to finish."""
         if self._fleet.slot(replica).leaving is not None and not self._dispatcher.holds(replica):
-            self._dispatcher.withdraw(replica, "its node is about to go")
-            self._fleet.release_leaving(replica, self._on_event)
+            reason = self._fleet.slot(replica).leaving or ""
+            self._dispatcher.withdraw(replica, reason)
+            self._fleet.release(replica, reason, self._on_event, shun_node=True)
 
     def _lose(self, replica: int, error: str) -> None:
         for ticket in [ticket for ticket, lease in self._calls.items() if lease.replica == replica]:

@@ -240,7 +240,11 @@ class RayBackend:
                 return [Leaving(replica=call.replica, reason=value)]
             case "run":
                 self._paces[call.replica] = max(outcome.seconds for outcome in value)
-                return self._finished(call, value)
+                answers = self._finished(call, value)
+                # Heard with the refusal, or units would be sent to and fro until the watch answers.
+                if any(outcome.refused for outcome in value):
+                    answers.append(Leaving(replica=call.replica, reason="its node is about to go"))
+                return answers
 
     @staticmethod
     def _finished(call: _Call, outcomes: Sequence[Outcome]) -> list[Answer]:
