@@ -20,7 +20,7 @@ _PARTS = (
     ("<path>", re.compile(r"(?<![\w<>.~-])(?:~|\.{1,2})?(?:/[\w.@%+=-]+)+/?")),
     ("<path>", re.compile(r"(?<![\w/])(?:[\w.@%+=-]+/){2,}[\w.@%+=-]*")),
     ("<id>", re.compile(r"(?<!\w)[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?!\w)", re.IGNORECASE)),
-    ("<id>", re.compile(r"(?<!\w)0x[0-9a-f]+(?!\w)|(?<!\w)(?=[a-f]*\d)[0-9a-f]{8,}(?!\w)", re.IGNORECASE)),
+    ("<id>", re.compile(r"(?<!\w)0x[0-9a-f]+(?!\w)|(?<!\w)(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{8,}(?!\w)", re.IGNORECASE)),
     ("<n>", re.compile(r"(?<![A-Za-z_\d])[-+]?\d+(?:\.\d+)*(?:e[-+]?\d+)?", re.IGNORECASE)),
     ("<n>, ...", re.compile(r"<n>(?:,\s*<n>)+(?:, \.\.\.)?|<n>, \.\.\.")),
 )

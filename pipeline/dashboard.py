@@ -16,7 +16,7 @@ from pipeline.status import GroupStatus, Snapshot
 from pipeline.tally import ReplicaTally
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-_COLOUR = {"running": "green", "finished": "green", "silent": "yellow"}
+_COLOUR = {"running": "green", "finished": "green", "silent": "yellow", "stopped": "yellow"}
 _MOST_CAUSES = 8
 _MOST_REPLICAS = 12
 
@@ -58,7 +58,9 @@ def state_text(snapshot: Snapshot) -> str:
         return f"{how}; last heard of {heard} ago"
     if snapshot.state == "running":
         return f"running; last heard of {heard} ago"
-    return f"nothing heard for {heard}: it has stopped, or its units take long"
+    if snapshot.state == "stopped":
+        return f"stopped {heard} ago with {snapshot.total('pending'):,} units pending"
+    return f"nothing heard for {heard}: it has died, or its units take long"
 
 
 def facts(snapshot: Snapshot) -> list[tuple[str, str]]:
@@ -66,20 +68,22 @@ def facts(snapshot: Snapshot) -> list[tuple[str, str]]:
     found = []
     if (speed := snapshot.speed) is not None:
         pace = f"{rate(speed.units_per_s, 'units')}, {rate(speed.cells_per_s, 'cells')}"
-        found.append(("speed", f"{pace}, {speed.busy:.2g} replicas busy, over the last {duration(speed.span_s)}"))
+        found.append(("speed", f"{pace}, {speed.busy:.2g} replicas busy in the last {_rounded(speed.span_s)}"))
     if snapshot.state != "finished":
         found.append(("time left", _left(snapshot)))
     done = f"{size(snapshot.bytes)} written, {snapshot.row_forwards:,} row forwards"
     found.append(("work", done + (f", GPU peak {size(snapshot.gpu_bytes)}" if snapshot.gpu_bytes else "")))
-    trouble = (
-        f"{snapshot.retries:,} attempts tried again, {snapshot.losses:,} losses of replicas, "
-        f"{len(snapshot.replicas)} of {snapshot.replicas_seen} replicas heard of lately"
-    )
-    found.append(("replicas", trouble))
+    lately = f"{len(snapshot.replicas):,} of {snapshot.replicas_seen:,} heard of lately"
+    found.append(("replicas", f"{lately}; {snapshot.losses:,} losses, {snapshot.retries:,} retries of units"))
     if snapshot.driver is not None:
         beat = duration(max(0.0, snapshot.now - snapshot.driver.heartbeat))
-        found.append(("driver", f"{snapshot.driver.holder}, heart beat {beat} ago"))
+        ended = "gave the store back" if snapshot.driver.released else "heart beat"
+        found.append(("driver", f"{snapshot.driver.holder}, {ended} {beat} ago"))
     return found
+
+
+def _rounded(seconds: float) -> str:
+    return duration(seconds if seconds < 90 else 60 * round(seconds / 60))
 
 
 def _left(snapshot: Snapshot) -> str:
@@ -101,8 +105,9 @@ def plain_lines(snapshot: Snapshot) -> Iterator[str]:
     if snapshot.causes:
         yield "failures by cause:"
     for cause in snapshot.causes[:_MOST_CAUSES]:
-        yield f"  {_counts(cause)}: {cause.cause}"
-        yield f"      {_example(cause)}"
+        yield f"  {', '.join(_counts(cause))}: {cause.cause}"
+        if example := _example(cause):
+            yield f"      {example}"
     yield from _others(snapshot.causes)
 
 
@@ -111,13 +116,14 @@ def _others(causes: Sequence[Cause]) -> Iterator[str]:
         yield f"  and {len(causes) - _MOST_CAUSES} more causes"
 
 
-def _counts(cause: Cause) -> str:
-    counts = ((cause.units, "units"), (cause.retries, "retries"), (cause.losses, "losses"))
-    return ", ".join(f"{count:,} {what}" for count, what in counts if count)
+def _counts(cause: Cause) -> list[str]:
+    counts = ((cause.units, "unit", "units"), (cause.retries, "retry", "retries"), (cause.losses, "loss", "losses"))
+    return [f"{count:,} {one if count == 1 else more}" for count, one, more in counts if count]
 
 
 def _example(cause: Cause) -> str:
-    return f"{cause.where}: {cause.example}" if cause.where else cause.example
+    parts = (cause.where, cause.example if cause.example != cause.cause else "")
+    return ": ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +170,10 @@ def draw(snapshot: Snapshot, height: int = 40) -> RenderableType:
     parts: list[RenderableType] = [_title(snapshot), "", _groups(snapshot.groups), "", about]
     if snapshot.causes:
         parts += ["", _causes(snapshot.causes)]
-    used = 9 + len(snapshot.groups) + 2 * min(len(snapshot.causes), _MOST_CAUSES) + len(facts(snapshot))
+    # Blank lines and headers, and below the table of replicas the line on those that it leaves out.
+    used = 7 + len(snapshot.groups) + len(facts(snapshot))
+    if shown := snapshot.causes[:_MOST_CAUSES]:
+        used += 3 + sum(max(2, len(_counts(cause))) for cause in shown)
     room = min(_MOST_REPLICAS, height - used)
     if snapshot.replicas and room > 0:
         parts += ["", _replicas(snapshot, room)]
@@ -204,12 +213,16 @@ def _groups(groups: Sequence[GroupStatus]) -> Table:
 
 
 def _causes(causes: Sequence[Cause]) -> RenderableType:
-    table = _table(("failures by cause", True), ("units", False), ("retries", False), ("losses", False))
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     for cause in causes[:_MOST_CAUSES]:
-        table.add_row(Text(cause.cause), *(Text(f"{n:,}") for n in (cause.units, cause.retries, cause.losses)))
-        table.add_row(Text(f"  {_example(cause)}", style="bright_black"))
+        text = Text(cause.cause)
+        if example := _example(cause):
+            text.append(f"\n{example}", "bright_black")
+        table.add_row(Text("\n".join(_counts(cause)), style="red" if cause.units else "yellow"), text)
     more = [Text(line, style="bright_black") for line in _others(causes)]
-    return Group(table, *more)
+    return Group(Text("failures by cause", style="bright_black"), table, *more)
 
 
 def _replicas(snapshot: Snapshot, room: int) -> RenderableType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 60.0
 RECENT_SECONDS = 300.0
 LEASE = "lease"
 
-State = Literal["running", "silent", "finished"]
+State = Literal["running", "silent", "stopped", "finished"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +46,16 @@ class GroupStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Driver:
-    """Who holds the store's lease, and when its heart beat last, in seconds since the epoch."""
+    """Who took the store's lease last, when its heart beat last, and whether the lease was given back.
+
+    Attributes
+    ----------
+    heartbeat : seconds since the epoch.
+    """
 
     holder: str
     heartbeat: float
+    released: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +64,8 @@ class Snapshot:
 
     Attributes
     ----------
-    state : finished when nothing is pending, silent when nothing was heard for longer than ``PATIENCE_SECONDS`` and
-        three of the longest units, else running.
+    state : finished when nothing is pending, stopped when the driver has given the store back before, silent when
+        nothing was heard for longer than ``PATIENCE_SECONDS`` and three of the longest units, else running.
     heard_s : seconds since the last entry of the journal or beat of the driver. left_s : estimated time left.
     replicas : those that were heard of lately. replicas_seen : how many there ever were.
     bytes, row_forwards : over all finished attempts. gpu_bytes : largest peak of a unit.
@@ -162,17 +168,10 @@ class Watch:
         driver = read_lease(self.files)
         beats = [t for t in (tally.heard, driver and driver.heartbeat) if t] or [_created(self.store)]
         heard_s = max(0.0, now - max(beats))
-        pending, failed = sum(g.pending for g in groups), sum(g.failed for g in groups)
-        patience = max(PATIENCE_SECONDS, 3 * tally.longest)
-        beating = driver is not None and now - driver.heartbeat <= PATIENCE_SECONDS
-        state: State = "running" if heard_s <= patience else "silent"
-        # With its lease held, a driver may still be about to try failed units again.
-        if not pending and not (failed and beating):
-            state = "finished"
         recent = tuple(tally.recent_replicas(max(RECENT_SECONDS, 3 * tally.longest)))
         return Snapshot(
             store=str(self.path),
-            state=state,
+            state=judge(groups, driver, heard_s, now, max(PATIENCE_SECONDS, 3 * tally.longest)),
             groups=groups,
             speed=speed,
             left_s=work / speed.busy if work is not None and speed is not None and speed.busy else None,
@@ -188,6 +187,23 @@ class Watch:
             gpu_bytes=tally.gpu_bytes,
             now=now,
         )
+
+
+def judge(groups: Sequence[GroupStatus], driver: Driver | None, heard_s: float, now: float, patience: float) -> State:
+    """Say whether a sweep runs; see ``Snapshot``.
+
+    Parameters
+    ----------
+    heard_s : seconds since anything was heard. now : seconds since the epoch. patience : longest silence in seconds.
+    """
+    held = driver is not None and not driver.released
+    beats = held and driver is not None and now - driver.heartbeat <= PATIENCE_SECONDS
+    # With its lease held, a driver may still be about to try failed units again.
+    if not any(g.pending for g in groups) and not (beats and any(g.failed for g in groups)):
+        return "finished"
+    if driver is not None and driver.released:
+        return "stopped"
+    return "running" if beats or heard_s <= patience else "silent"
 
 
 def files_of(store: Store) -> Files:
@@ -273,18 +289,16 @@ def estimate_work(groups: Mapping[str, tuple[int, float, int]]) -> float | None:
 
 
 def read_lease(files: Files) -> Driver | None:
-    """Return who drives a store, if it says so; a file that is no lease is passed over."""
-    drivers = []
-    for name in files.names(LEASE):
-        try:
-            about = json.loads(files.read(name, 0, 2**16))
-            holder, beat = about["holder"], _epoch(about["heartbeat"])
-        except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
-            continue
-        if isinstance(holder, Mapping):
-            holder = ", ".join(f"{k} {v}" for k, v in holder.items())
-        drivers.append(Driver(holder=clean(str(holder))[:100], heartbeat=beat))
-    return max(drivers, key=lambda driver: driver.heartbeat, default=None)
+    """Return who took the lease of a store last; None if nobody did, or if that file is no lease."""
+    names = [name for name in files.names(LEASE) if name.split("/")[-1].removesuffix(".json").isdecimal()]
+    if not names:
+        return None
+    try:
+        about = json.loads(files.read(names[-1], 0, 2**16))
+        holder = f"process {about['holder']['process']} on {about['holder']['host']}"
+        return Driver(holder=clean(holder)[:100], heartbeat=_epoch(about["time"]), released=about["released"] is True)
+    except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
+        return None
 
 
 def _epoch(value: Any) -> float:

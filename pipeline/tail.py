@@ -12,6 +12,7 @@ from typing import Any, Protocol
 BLOCK = 2**20
 """Bytes read at once; a longer line is no entry of ours and is skipped."""
 JOURNAL = "journal"
+_SUFFIXES = (".json", ".jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,14 @@ class Offset:
 
 
 class Files(Protocol):
-    """The files beside the arrays of a store, wherever it is."""
+    """The files beside the arrays of a store, wherever it is.
+
+    Attributes
+    ----------
+    appends : whether a journal is one file that grows, or segments; a store that was copied may have the other, older.
+    """
+
+    appends: bool
 
     def names(self, folder: str) -> list[str]:
         """List the JSON files of a folder below the store, sorted."""
@@ -38,12 +46,14 @@ class Files(Protocol):
 class LocalFiles:
     """Files of a store in a folder."""
 
+    appends = True
+
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def names(self, folder: str) -> list[str]:
         """List the JSON files of a folder below the store, sorted."""
-        return sorted(f"{folder}/{p.name}" for p in (self.root / folder).glob("*.json*"))
+        return sorted(f"{folder}/{p.name}" for p in (self.root / folder).glob("*") if p.suffix in _SUFFIXES)
 
     def size(self, name: str) -> int:
         """Return the bytes of a file; 0 if there is none."""
@@ -70,6 +80,8 @@ class ZarrFiles:
     store : ``zarr.abc.store.Store``. prefix : where in it the sweep lies.
     """
 
+    appends = False
+
     def __init__(self, store: Any, prefix: str = "") -> None:
         self.store, self.prefix = store, f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
@@ -80,8 +92,7 @@ class ZarrFiles:
         async def collect() -> list[str]:
             return [key async for key in self.store.list_prefix(f"{self.prefix}{folder}/")]
 
-        names = (key.removeprefix(self.prefix) for key in sync(collect()))
-        return sorted(name for name in names if ".json" in name.rsplit("/", 1)[-1])
+        return sorted(key.removeprefix(self.prefix) for key in sync(collect()) if key.endswith(_SUFFIXES))
 
     def size(self, name: str) -> int:
         """Return the bytes of a file; 0 if there is none."""
@@ -108,7 +119,10 @@ class ZarrFiles:
 
 
 class JournalReader:
-    """Reads a journal from an offset: ``journal.jsonl``, then the segments of ``journal/`` in order of their names."""
+    """Reads a journal from an offset: ``journal.jsonl`` and the segments of ``journal/``, in order of their names.
+
+    Only the last of them still grows.
+    """
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -119,9 +133,9 @@ class JournalReader:
         A line that is still being written is left for the next look; a torn one is skipped.
         """
         # Listed before reading: what has a later segment is complete.
-        for segment in self._segments():
-            if segment < offset.segment:
-                continue
+        segments = self._segments()
+        begun = segments.index(offset.segment) if offset.segment in segments else 0
+        for segment in segments[begun:]:
             start = offset.byte if segment == offset.segment else 0
             block = self.files.read(segment, start, BLOCK)
             used = _used(block)
@@ -143,8 +157,8 @@ class JournalReader:
         return bool(offset.segment) and self.files.size(offset.segment) < offset.byte
 
     def _segments(self) -> list[str]:
-        # "journal.jsonl" sorts before "journal/...".
-        return [f"{JOURNAL}.jsonl", *self.files.names(JOURNAL)]
+        segments = self.files.names(JOURNAL)
+        return [*segments, f"{JOURNAL}.jsonl"] if self.files.appends else [f"{JOURNAL}.jsonl", *segments]
 
 
 def _used(block: bytes) -> int:

@@ -156,7 +156,7 @@ class Tally:
         if group is None or type(index) is not int or not 0 <= index < len(group.status):
             return
         where = f"{entry['group']} {index}"
-        if "unset" in entry:
+        if entry.get("unset"):
             self._settle(group, index, PENDING)
         elif entry.get("error"):
             self._settle(group, index, FAILED, self.causes.number(str(entry["error"]), where, time))
@@ -203,6 +203,8 @@ class Tally:
 
     def _retry(self, entry: Mapping[str, Any], time: float) -> None:
         unit, replica, error = entry.get("unit"), self._replica(entry), str(entry["retried"])
+        if replica is not None:
+            replica.heard = time
         if unit is None:
             where = "" if replica is None else f"replica {replica.replica}"
             self.losses += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,12 +51,15 @@ def show(
 
 
 def _follow(watch: Watch, every: float, console: Console, pause: Pause) -> Snapshot:
-    # On a screen of its own the page may shrink and the window change; what was last seen stays after it.
-    with Live(console=console, screen=True, auto_refresh=False) as shown:
-        for snapshot in _looks(watch, True, every, pause):
-            shown.update(draw(snapshot, console.height), refresh=True)
-    console.print(draw(snapshot, console.height))
-    sys.stdout.flush()
+    snapshot = watch.look()
+    try:
+        # On a screen of its own the page may shrink and the window change.
+        with Live(console=console, screen=True, auto_refresh=False) as shown:
+            for snapshot in _looks(watch, True, every, pause):
+                shown.update(draw(snapshot, console.height), refresh=True)
+    finally:
+        # What was seen last stays, after an interrupt as well.
+        console.print(draw(snapshot, console.height - 3))
     return snapshot
 
 
