@@ -20,6 +20,7 @@ from interventions.kinds.patch import Patch
 from interventions.record import Fork, Record
 from interventions.screen import screen
 from interventions.sites import RUNS
+from pipeline import gpu_memory
 from pipeline.config import SweepConfig
 from pipeline.experiment import Grid
 from pipeline.metrics.metric import Metric, MetricInput, no_video
@@ -42,6 +43,7 @@ class Receipt:
     ----------
     cells : cells computed. failed : cells with a value that is not finite, stored as NaN.
     bytes : written, uncompressed. row_forwards : denoiser forwards of one row each.
+    gpu_bytes : peak GPU memory while the unit ran, 0 without GPU.
     """
 
     cells: int
@@ -49,6 +51,7 @@ class Receipt:
     bytes: int
     row_forwards: int
     seconds: float
+    gpu_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -194,8 +197,10 @@ class Replica:
     def run(self, unit: Unit) -> Receipt:
         """Compute one unit and write its region; the same unit always writes the same bytes."""
         started = time.perf_counter()
+        gpu_memory.reset_peak()
         receipt = self._baseline(unit) if unit.group == BASELINE else self._cells(unit)
-        return replace(receipt, seconds=round(time.perf_counter() - started, 4))
+        seconds = round(time.perf_counter() - started, 4)
+        return replace(receipt, seconds=seconds, gpu_bytes=gpu_memory.peak())
 
     def _baseline(self, unit: Unit) -> Receipt:
         values = self.computer.baseline(unit.sample)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,21 +11,27 @@ from pipeline.commands.options import FAILED, OK, StorePath, UsageError, app, wh
 
 
 @app.command
-def status(store: StorePath, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
-    """Show how much of a store is done, pending and failed.
+def status(
+    store: StorePath,
+    *,
+    watch: Annotated[bool, Parameter(negative="", help="Show it live on a terminal until nothing is pending.")] = False,
+    every: Annotated[float, Parameter(help="Seconds between two looks of --watch.")] = 2.0,
+    as_json: Annotated[
+        bool, Parameter(name="--json", negative="", help="Print JSON; with --watch a line at every look.")
+    ] = False,
+) -> int:
+    """Show how much of a store is done, pending and failed, how fast it goes, and failures by cause.
 
-    Example: ``stepscope status runs/maze_demo.zarr``
+    Works while the sweep runs in another process, and after it has died.
+    Exit code 0: nothing has failed; 1: some units have.
+
+    Example: ``stepscope status runs/maze_demo.zarr --watch``
     """
-    from pipeline.status import summarise
+    from pipeline.watch import show
 
-    rows = summarise(store)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print(f"{'group':>20} {'units':>7} {'done':>7} {'pending':>8} {'failed':>7}")
-        for row in rows:
-            print(f"{row['group']:>20} {row['units']:>7} {row['done']:>7} {row['pending']:>8} {row['failed']:>7}")
-    return FAILED if any(row["failed"] for row in rows) else OK
+    if not 0.1 <= every <= 86400:
+        raise UsageError(f"out of range: --every {every}. Use 0.1 to 86400 seconds.")
+    return FAILED if show(store, live=watch, every=every, as_json=as_json).total("failed") else OK
 
 
 @app.command
