@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +13,20 @@ from pipeline.commands.options import FAILED, OK, StorePath, UsageError, app, wh
 
 
 @app.command
-def status(store: StorePath, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
-    """Show how much of a store is done, pending and failed.
+def status(
+    store: StorePath,
+    *,
+    address: Annotated[str | None, Parameter(help="Show a job of the Ray cluster whose dashboard is here.")] = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Show how much of a store is done, pending and failed; or the state of a job, given its id.
 
     Example: ``stepscope status runs/maze_demo.zarr``
     """
+    from pipeline.commands.jobs import LOCAL, job_status, names_job
+
+    if address is not None or names_job(str(store)):
+        return job_status(str(store), address or os.environ.get("RAY_API_SERVER_ADDRESS", LOCAL), as_json=as_json)
     from pipeline.status import summarise
 
     rows = summarise(store)
