@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,19 +15,24 @@ from pipeline.commands.options import FAILED, OK, StorePath, UsageError, app, wh
 def status(
     store: StorePath,
     *,
+    address: Annotated[str | None, Parameter(help="Show a job of the Ray cluster whose dashboard is here.")] = None,
     watch: Annotated[bool, Parameter(negative="", help="Show it live on a terminal until nothing is pending.")] = False,
     every: Annotated[float, Parameter(help="Seconds between two looks of --watch.")] = 2.0,
     as_json: Annotated[
         bool, Parameter(name="--json", negative="", help="Print JSON; with --watch a line at every look.")
     ] = False,
 ) -> int:
-    """Show how much of a store is done, pending and failed, how fast it goes, and failures by cause.
+    """Show how much of a store is done, pending and failed, how fast it goes, and failures by cause; or a job's state.
 
     Works while the sweep runs in another process, and after it has died.
     Exit code 0: nothing has failed; 1: some units have.
 
     Example: ``stepscope status runs/maze_demo.zarr --watch``
     """
+    from pipeline.commands.jobs import LOCAL, job_status, names_job
+
+    if address is not None or names_job(str(store)):
+        return job_status(str(store), address or os.environ.get("RAY_API_SERVER_ADDRESS", LOCAL), as_json=as_json)
     from pipeline.watch import show
 
     if not 0.1 <= every <= 86400:

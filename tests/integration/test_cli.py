@@ -17,7 +17,10 @@ from pipeline.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, app, main
 from pipeline.store import Journal, Lease, open_store
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run", "plan", "check", "status", "effects", "report", "models", "tasks", "interventions")
+COMMANDS = (
+    "run", "plan", "submit", "logs", "cancel", "check", "status", "effects", "report",
+    "models", "tasks", "interventions",
+)  # fmt: skip
 
 TINY = """\
 name: tiny
@@ -111,6 +114,23 @@ class TestHelp:
         assert set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out.split("Parameters")[1])) == {
             "--store", "--watch", "--every", "--json"
         }  # fmt: skip
+
+    def test_options_of_submit_are_these(self, capsys):
+        main(["submit", "--help"])
+        assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", capsys.readouterr().out.split("Parameters")[1])) == {
+            "--config", "--address", "--store", "--set", "--replicas", "--working-dir", "--env", "--wait", "--follow"
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("command", "options"),
+        [
+            ("logs", {"--job", "--address", "--set", "--follow"}),
+            ("cancel", {"--target", "--address", "--set"}),
+        ],
+    )
+    def test_options_for_jobs_are_these(self, capsys, command, options):
+        main([command, "--help"])
+        assert set(re.findall(r"--[a-z]+", capsys.readouterr().out.split("Parameters")[1])) == options
 
 
 class TestCommandLine:
