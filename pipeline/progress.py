@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
 from pipeline.plan import Unit
+from pipeline.redaction import redact
+from pipeline.wording import plain
 
 PLAIN_SECONDS = 10.0
 """How often a line is printed where there is no terminal."""
@@ -83,4 +85,4 @@ class SweepProgress:
 
     def _say(self, text: str) -> None:
         # Errors may hold brackets, which rich would read as markup.
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(plain(redact(text), lines=True), highlight=False, markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cluster import Executor, InlinePool, PoolError, PoolOptions, WorkUnit
 from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
 from pipeline.plan import BASELINE, Plan, Unit
+from pipeline.redaction import redact
 from pipeline.screening import mean_over_samples, select
 from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, Store, consolidate, open_or_create
 
@@ -210,14 +211,14 @@ def _drive(
                 group=unit.group,
                 index=unit.index,
                 attempts=event.attempts,
-                error=event.error,
+                error=redact(event.error),
                 failed=cells(unit),
             )
             ledger.mark(unit.group, unit.index, FAILED, cells(unit))
             result.unscreened += unit.group == BASELINE
             result.errors.append(f"unit {unit.id} ({unit.group}, sample {unit.sample}): {event.error}")
         elif isinstance(event, UnitRetried | ReplicaLost):
-            journal.append(unit=getattr(event, "unit", None), replica=event.replica, retried=event.error)
+            journal.append(unit=getattr(event, "unit", None), replica=event.replica, retried=redact(event.error))
         ledger.flush()
         if observe is not None:
             observe(event, unit)
@@ -266,7 +267,7 @@ def pool_options(plan: Plan) -> PoolOptions:
 def _factory(plan: Plan, path: Path) -> Callable[[], Any]:
     from pipeline.replica import Replica
 
-    return functools.partial(Replica, plan.config.model_dump(mode="json"), str(path.resolve()))
+    return functools.partial(Replica, plan.config.model_dump(mode="json"), str(path.resolve()), plan.permissions)
 
 
 def inline_executor(plan: Plan, path: Path) -> Executor:

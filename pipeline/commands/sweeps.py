@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from pipeline.commands.options import FAILED, INTERRUPTED, OK, Config, Set, app, say, whole_number
+from pipeline.commands.options import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    AllowMetric,
+    AllowPickledWeights,
+    Config,
+    Set,
+    allowed,
+    app,
+    say,
+    whole_number,
+)
+from pipeline.permissions import NOTHING, Permissions
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -24,6 +37,8 @@ def run(
     replicas: Annotated[
         int | None, Parameter(converter=whole_number, help="Model replicas; 0 runs in this process without Ray.")
     ] = None,
+    allow_metric: AllowMetric = None,
+    allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
     """Run a sweep, or the rest of one: the same command resumes an interrupted store.
 
@@ -35,7 +50,7 @@ def run(
     from pipeline.progress import SweepProgress
     from pipeline.sweep import inline_executor, ray_executor, run_sweep
 
-    plan, path = bind(config, set_ or [], store, replicas)
+    plan, path = bind(config, set_ or [], store, replicas, allowed(allow_metric, allow_pickled_weights))
     executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
     with SweepProgress() as progress:
         result = run_sweep(plan, path, make_executor=executor, observe=progress.observe, on_start=progress.start)
@@ -60,12 +75,14 @@ def plan(
     set_: Set = None,
     calibrate: Annotated[bool, Parameter(help="Time a few forwards of the model to estimate the duration.")] = True,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print the plan as JSON.")] = False,
+    allow_metric: AllowMetric = None,
+    allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
     """Say what a sweep would compute, store and take, without running it.
 
     Example: ``stepscope plan configs/maze_demo.yaml --set task.mazes=100``
     """
-    planned, path = bind(config, set_ or [], None, None)
+    planned, path = bind(config, set_ or [], None, None, allowed(allow_metric, allow_pickled_weights))
     cost = planned.cost()
     facts: dict[str, Any] = {
         "name": planned.config.name,
@@ -100,14 +117,20 @@ def plan(
     return OK
 
 
-def bind(config: Path, overrides: list[str], store: Path | None, replicas: int | None) -> tuple[Plan, Path]:
+def bind(
+    config: Path,
+    overrides: list[str],
+    store: Path | None,
+    replicas: int | None,
+    permissions: Permissions = NOTHING,
+) -> tuple[Plan, Path]:
     from pipeline.config import load_config
     from pipeline.plan import make_plan
 
     if replicas is not None:
         overrides = [*overrides, f"run.replicas={replicas}"]
     loaded = load_config(config, overrides)
-    return make_plan(loaded, config, overrides), store or Path("runs") / f"{loaded.name}.zarr"
+    return make_plan(loaded, config, overrides, permissions=permissions), store or Path("runs") / f"{loaded.name}.zarr"
 
 
 def _again() -> str:
