@@ -22,9 +22,10 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from interventions.controls import ControlError
     from pipeline.config import ConfigError
     from pipeline.models import ModelError
+    from pipeline.permissions import PermissionsError
     from pipeline.store import StoreError
 
-    return ConfigError, ControlError, JobError, ModelError, StoreError, PoolError, UsageError
+    return ConfigError, ControlError, JobError, ModelError, PermissionsError, StoreError, PoolError, UsageError
 
 
 _NOT_WRITABLE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

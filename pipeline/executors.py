@@ -93,4 +93,4 @@ def _connect(options: PoolOptions) -> str:
 def _factory(plan: Plan, place: Place) -> Callable[[], Any]:
     from pipeline.replica import Replica
 
-    return functools.partial(Replica, plan.config.model_dump(mode="json"), locate(place).address)
+    return functools.partial(Replica, plan.config.model_dump(mode="json"), locate(place).address, plan.permissions)

@@ -21,10 +21,15 @@ from pipeline.layout import Layout, Windows
 from pipeline.layout import Unit as Unit
 from pipeline.metrics.metric import METRICS, Metric
 from pipeline.models import ModelError, ModelInfo, describe
+from pipeline.permissions import NOTHING, Permissions
 from pipeline.problems import Problems
 from pipeline.samples import Sample
 from pipeline.tasks.task import Task
+from pipeline.wording import shown
 from pipeline.yaml_source import Loc, SourceError, read_file
+
+MOST_SAMPLES = 250_000
+"""Samples of a sweep, which the driver keeps in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +61,7 @@ class Plan:
     geometry: Geometry
     grids: tuple[Grid, ...]
     patched: Intervention | None
+    permissions: Permissions = NOTHING
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -234,7 +240,12 @@ def batch_rows(rows: Sequence[Intervention], geometry: Geometry, limit: int) -> 
 
 
 def make_plan(
-    config: SweepConfig, path: Path | None = None, overrides: Sequence[str] = (), *, checked: bool = False
+    config: SweepConfig,
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    checked: bool = False,
+    permissions: Permissions = NOTHING,
 ) -> Plan:
     """Bind a config to its model.
 
@@ -242,15 +253,19 @@ def make_plan(
     ----------
     path : the config file, to name lines in errors. overrides : the ``--set`` overrides that were applied to it.
     checked : whether every cell is known to be good; a replica's config is the driver's, who has checked it.
+    permissions : what the command line allowed.
 
     Raises
     ------
-    ConfigError : a model that cannot be found or is of no known family, an index out of range, a cell that its
-        kind refuses, or a preview that does not exist.
+    ConfigError : more samples than a sweep may have, a model that cannot be found or is of no known family, an index
+        out of range, a cell that its kind refuses, or a preview that does not exist.
     """
     task = config.build_task()
+    if (count := task.count()) > MOST_SAMPLES:
+        text = f"makes {count:,} samples; a sweep has at most {MOST_SAMPLES:,}: make several of it"
+        raise _refusal([(("task",), text)], path, overrides)
     try:
-        model = describe(config.model.id)
+        model = describe(config.model.id, pickled_weights=permissions.pickled_weights)
         unfit = [*task.problems(model, config.sampler), *_undecoded(config, task)]
         unfit += argument_problems(model, config.sampler.arguments, task.sets(model))
         if unfit:
@@ -266,8 +281,7 @@ def make_plan(
         except ExperimentError as error:
             problems += error.problems
     patched = _patched(config, geometry, problems)
-    samples = task.samples()
-    count = len(samples)
+    samples = task.samples() if not checked else []
     for grid in grids if not checked else ():
         problems += _unreadable(grid, samples)
     problems += [
@@ -276,10 +290,18 @@ def make_plan(
         if s >= count
     ]
     if len(set(config.previews.samples)) != len(config.previews.samples):
-        problems.append((("previews", "samples"), f"a sample is listed twice: {list(config.previews.samples)}"))
+        problems.append((("previews", "samples"), f"a sample is listed twice: {shown(list(config.previews.samples))}"))
     if problems:
         raise _refusal(problems, path, overrides)
-    return Plan(config=config, model=model, task=task, geometry=geometry, grids=tuple(grids), patched=patched)
+    return Plan(
+        config=config,
+        model=model,
+        task=task,
+        geometry=geometry,
+        grids=tuple(grids),
+        patched=patched,
+        permissions=permissions,
+    )
 
 
 def _refusal(problems: list[Problem], path: Path | None, overrides: Sequence[str]) -> ConfigError:

@@ -20,6 +20,8 @@ from cluster.events import (
     UnitStarted,
 )
 from pipeline.plan import Unit
+from pipeline.redaction import redact
+from pipeline.wording import plain
 
 PLAIN_SECONDS = 10.0
 """How often a line is printed where there is no terminal."""
@@ -119,4 +121,4 @@ class SweepProgress:
 
     def _say(self, text: str) -> None:
         # Errors may hold brackets, which rich would read as markup.
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(plain(redact(text), lines=True), highlight=False, markup=False, soft_wrap=True)

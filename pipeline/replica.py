@@ -26,6 +26,7 @@ from pipeline.experiment import Grid
 from pipeline.metrics.metric import Metric, MetricInput, no_video
 from pipeline.metrics.objective import OBJECTIVES
 from pipeline.models import load_pipeline
+from pipeline.permissions import NOTHING, Permissions
 from pipeline.plan import BASELINE, Plan, Unit, make_plan
 from pipeline.samples import Sample
 from pipeline.screening import ESTIMATE, share_of_step
@@ -176,18 +177,21 @@ class Replica:
     Parameters
     ----------
     config : the sweep config as JSON-able data. store : address of the store, which every node sees.
+    permissions : what the command line allowed.
     """
 
-    def __init__(self, config: Mapping[str, Any], store: str) -> None:
+    def __init__(self, config: Mapping[str, Any], store: str, permissions: Permissions = NOTHING) -> None:
         import torch
 
+        permissions.apply()
         parsed = SweepConfig.model_validate(config)
         torch.set_num_threads(parsed.engine.threads)
-        self.plan = make_plan(parsed, checked=True)
+        self.plan = make_plan(parsed, checked=True, permissions=permissions)
         self.store = Store(store)
         if parsed.hash() != self.store.config_hash:
             raise StoreError(f"store {store} holds another config than this replica sees: an image of it differs here.")
-        pipe = load_pipeline(self.plan.model, dtype=parsed.model.dtype, device=parsed.model.device)
+        model = parsed.model
+        pipe = load_pipeline(self.plan.model, dtype=model.dtype, device=model.device, device_map=model.device_map)
         self.hardware = _hardware(pipe)
         self.computer = Computer(self.plan, pipe)
         require_controls(

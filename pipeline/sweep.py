@@ -12,6 +12,7 @@ from pipeline.executors import MakeExecutor, inline_executor
 from pipeline.layout import BASELINE, Unit
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
+from pipeline.redaction import redact
 from pipeline.screening import mean_over_samples, select
 from pipeline.stopping import Stopping
 from pipeline.store import (
@@ -190,7 +191,7 @@ class _Drive:
         elif isinstance(event, UnitFailed) and unit is not None:
             self._failed(event, unit)
         elif isinstance(event, UnitRetried | ReplicaLost):
-            self._journal.append(unit=number, replica=event.replica, retried=event.error)
+            self._journal.append(unit=number, replica=event.replica, retried=redact(event.error))
         self._ledger.flush()
         if self._observe is not None:
             self._observe(event, unit)
@@ -209,7 +210,7 @@ class _Drive:
             group=unit.group,
             index=unit.index,
             attempts=event.attempts,
-            error=event.error,
+            error=redact(event.error),
             failed=self._ledger.cells(unit),
         )
         self._ledger.failed(unit)

@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from pipeline.commands.options import FAILED, INTERRUPTED, OK, Config, Set, UsageError, app, say, whole_number
+from pipeline.commands.options import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    AllowMetric,
+    AllowPickledWeights,
+    Config,
+    Set,
+    UsageError,
+    allowed,
+    app,
+    say,
+    whole_number,
+)
+from pipeline.permissions import NOTHING, Permissions
 
 if TYPE_CHECKING:
     from pipeline.observers import Observer
@@ -34,6 +48,8 @@ def run(
         int | None, Parameter(converter=whole_number, help="Serve Prometheus metrics at this port; 0 for a free one.")
     ] = None,
     metrics_host: Annotated[str, Parameter(help="Address that the metrics are served at.")] = "127.0.0.1",
+    allow_metric: AllowMetric = None,
+    allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
     """Run a sweep, or the rest of one: the same command resumes an interrupted store.
 
@@ -46,7 +62,7 @@ def run(
     from pipeline.executors import inline_executor, ray_executor
     from pipeline.sweep import run_sweep
 
-    plan, place = bind(config, set_ or [], store, replicas)
+    plan, place = bind(config, set_ or [], store, replicas, allowed(allow_metric, allow_pickled_weights))
     executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
     with watched(metrics_port, metrics_host) as (observe, on_start):
         result = run_sweep(plan, place, make_executor=executor, observe=observe, on_start=on_start, say=say)
@@ -71,12 +87,14 @@ def plan(
     set_: Set = None,
     calibrate: Annotated[bool, Parameter(help="Time a few forwards of the model to estimate the duration.")] = True,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print the plan as JSON.")] = False,
+    allow_metric: AllowMetric = None,
+    allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
     """Say what a sweep would compute, store and take, without running it.
 
     Example: ``stepscope plan configs/maze_demo.yaml --set task.mazes=100``
     """
-    planned, place = bind(config, set_ or [], None, None)
+    planned, place = bind(config, set_ or [], None, None, allowed(allow_metric, allow_pickled_weights))
     cost = planned.cost()
     facts: dict[str, Any] = {
         "name": planned.config.name,
@@ -111,7 +129,14 @@ def plan(
     return OK
 
 
-def bind(config: Path, overrides: list[str], store: str | None, replicas: int | None) -> tuple[Plan, Location]:
+def bind(
+    config: Path,
+    overrides: list[str],
+    store: str | None,
+    replicas: int | None,
+    permissions: Permissions = NOTHING,
+) -> tuple[Plan, Location]:
+    """Return the plan of a config, and where its results go."""
     from pipeline.config import load_config
     from pipeline.plan import make_plan
     from pipeline.store import locate
@@ -120,7 +145,8 @@ def bind(config: Path, overrides: list[str], store: str | None, replicas: int | 
     if replicas is not None:
         overrides = [*overrides, f"run.replicas={replicas}"]
     loaded = load_config(config, overrides)
-    return make_plan(loaded, config, overrides), place or locate(Path("runs") / f"{loaded.name}.zarr")
+    planned = make_plan(loaded, config, overrides, permissions=permissions)
+    return planned, place or locate(Path("runs") / f"{loaded.name}.zarr")
 
 
 @contextmanager
