@@ -33,7 +33,7 @@ class Lease:
     attempt : number of the attempt, from 1; 0 while the unit only waits in the window.
     began : time at which the unit came first in its window.
     copy : whether another replica holds the unit as well, and did so before.
-    void : whether the unit has ended elsewhere, so that the answer no longer matters.
+    void : whether the unit has ended elsewhere or gone to another replica, so that the answer no longer matters.
     """
 
     unit: WorkUnit
@@ -119,7 +119,8 @@ class Dispatcher:
         if self._draining or not self._backlog or len(window) >= self._options.in_flight:
             return None
         # The last units must not wait behind a busy replica while another one falls idle.
-        if window and (window[0].alone or len(self._backlog) <= max(self._options.replicas, 1)):
+        scarce = len(self._backlog) <= max(self._options.replicas, 1)
+        if window and (scarce or window[0].alone or window[0].void):
             return None
         waiting = self._backlog.pop(
             self._localities.get(replica, _NOWHERE), self._served, lambda each: self._accepts(replica, each)
@@ -133,33 +134,38 @@ class Dispatcher:
         self._refill()
         return lease
 
-    def copy(self, replica: int) -> Lease | None:
-        """Give an idle replica a second copy of the worst straggler; None while nothing straggles."""
-        due = self.copy_due(replica)
+    def help(self, replica: int) -> Lease | None:
+        """Give an idle replica a copy of the worst straggler, or a unit that waits behind it; None without one."""
+        due = self.help_due(replica)
         if due is None or due[0] > self._clock():
             return None
         original = due[1]
-        lease = Lease(original.unit, original.arrival, replica, alone=True, copy=True)
-        lease.attempt, lease.began = original.attempt, self._clock()
-        self._copies[original.unit.id] = lease
+        lease = Lease(original.unit, original.arrival, replica, alone=True)
         self._windows[replica].append(lease)
+        if not original.attempt:
+            original.void = True
+            self._start_first(replica)
+            return lease
+        lease.copy, lease.attempt, lease.began = True, original.attempt, self._clock()
+        self._copies[original.unit.id] = lease
         self._on_event(UnitStarted(unit=lease.unit.id, replica=replica, attempt=lease.attempt, copy=True))
         return lease
 
-    def copy_due(self, replica: int) -> tuple[float, Lease] | None:
-        """Return when the next unit counts as a straggler that this idle replica may copy, and its lease."""
+    def help_due(self, replica: int) -> tuple[float, Lease] | None:
+        """Return when the next unit counts as a straggler for which this idle replica can do something, and what."""
         factor = self._options.straggler_factor
         spare = self._source is None and not self._backlog and not self._draining and not self.holds(replica)
         if not factor or not spare or len(self._paces) < _PACES_NEEDED or replica not in self._windows:
             return None
         pace, hardware = factor * median(self._paces), self._hardware.get(replica, "")
         due = [
-            (lease.began + max(_LEAST_STRAGGLE_S, pace * lease.unit.weight), lease)
-            for lease in self._leases()
-            if lease.attempt and not lease.copy and not lease.void and lease.unit.id not in self._copies
-            if self._hardware.get(lease.replica, "") == hardware
+            (window[0].began + max(_LEAST_STRAGGLE_S, pace * window[0].unit.weight), lease)
+            for index, window in self._windows.items()
+            if self._hardware.get(index, "") == hardware
+            for lease in window
+            if not lease.copy and not lease.void and lease.unit.id not in self._copies
         ]
-        return min(due, key=lambda entry: (entry[0], entry[1].arrival), default=None)
+        return min(due, key=lambda entry: (entry[0], not entry[1].attempt, entry[1].arrival), default=None)
 
     def settle(self, lease: Lease, outcome: Outcome) -> None:
         """End a lease by the outcome of its attempt; a lease that has ended before is ignored."""
@@ -231,14 +237,17 @@ class Dispatcher:
         return (lease for window in self._windows.values() for lease in window)
 
     def _start_first(self, replica: int) -> None:
-        if (window := self._windows.get(replica)) and not self._draining:
-            self._start(window[0])
+        if window := self._windows.get(replica):
+            # The replica runs it in any case, whether or not it is wanted any more.
+            window[0].began = min(window[0].began, self._clock())
+            if not self._draining:
+                self._start(window[0])
 
     def _start(self, lease: Lease) -> None:
         if lease.attempt or lease.void:
             return
         self._attempts[lease.unit.id] += 1
-        lease.attempt, lease.began = self._attempts[lease.unit.id], self._clock()
+        lease.attempt, lease.began = self._attempts[lease.unit.id], min(lease.began, self._clock())
         self._on_event(UnitStarted(unit=lease.unit.id, replica=lease.replica, attempt=lease.attempt))
 
     def _withdraw(self, lease: Lease) -> bool:

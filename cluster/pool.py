@@ -152,7 +152,7 @@ class _Run:
             if self._dispatcher.holds(slot.index):
                 continue
             # What does not straggle for one idle replica does not for another of the same hardware either.
-            if slot.hardware not in content and self._send(slot.index, self._dispatcher.copy(slot.index)):
+            if slot.hardware not in content and self._send(slot.index, self._dispatcher.help(slot.index)):
                 continue
             content.add(slot.hardware)
             slot.idle_since = self._clock() if slot.idle_since is None else slot.idle_since
@@ -168,12 +168,12 @@ class _Run:
 
     def _patience(self) -> float:
         idle = {slot.hardware: slot.index for slot in self._fleet.up if not self._dispatcher.holds(slot.index)}
-        copies = map(self._dispatcher.copy_due, idle.values())
+        helps = map(self._dispatcher.help_due, idle.values())
         nearest = min(
             self._fleet.next_due(self._kept_up_at),
             self._dispatcher.next_overdue(),
             self._drain_until,
-            min((due[0] for due in copies if due is not None), default=math.inf),
+            min((due[0] for due in helps if due is not None), default=math.inf),
         )
         return min(_POLL_S, max(0.0, nearest - self._clock()))
 

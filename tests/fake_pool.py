@@ -48,6 +48,7 @@ class Node:
     Attributes
     ----------
     joins, leaves : seconds; what runs on it dies when it leaves. notice : when it is told that it will leave.
+    taken_until : until then somebody else has its places.
     fate : what every unit meets on it, whatever the table says. slowness : factor on the time of its units.
     """
 
@@ -56,6 +57,7 @@ class Node:
     joins: float = 0.0
     leaves: float = math.inf
     notice: float = math.inf
+    taken_until: float = 0.0
     hardware: str = ""
     fate: str | None = None
     slowness: float = 1.0
@@ -129,6 +131,7 @@ class FakeBackend:
         self._fruitless = 0
         for node in nodes:
             self._at(node.joins, lambda node=node: self._join(node))
+            self._at(node.taken_until, self._place_all)
             if node.notice < math.inf:
                 self._at(node.notice, lambda node=node: self._notice(node))
             if node.leaves < math.inf:
@@ -255,7 +258,8 @@ class FakeBackend:
 
     def _place(self, process: Process) -> None:
         used = Counter(other.node.name for other in self._processes.values() if other.node is not None)
-        free = [n for n in self._nodes if n.name not in self._shunned and used[n.name] < n.places]
+        open_to_us = [n for n in self._nodes if n.name not in self._shunned and n.taken_until <= self.now]
+        free = [node for node in open_to_us if used[node.name] < node.places]
         if not free:
             return
         # Spread, as Ray does.
