@@ -173,7 +173,7 @@ def _used(block: bytes) -> int:
 
 def _entries(text: bytes) -> list[dict[str, Any]]:
     entries = []
-    for line in text.split(b"\n"):
+    for line in text.decode("utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
