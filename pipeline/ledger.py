@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.layout import BASELINE, Unit
 from pipeline.plan import Plan
-from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, Store, status_of
+from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, Store, ends
 
 FLUSH_SECONDS = 2.0
 """How often the driver writes status; units finished since then are recovered from the journal."""
@@ -94,10 +94,8 @@ class Ledger:
         self._flushed = time.monotonic()
 
     def _recover(self) -> None:
-        for entry in self._journal.entries():
-            status, group, index = status_of(entry), entry.get("group"), entry.get("index", -1)
-            if status is not None and group in self._status and 0 <= index < len(self._status[group]):
-                self._mark(group, index, status, 0 if status == PENDING else int(entry.get("failed", 0)))
+        for group, index, status, entry in ends(self._journal, self._status):
+            self._mark(group, index, status, 0 if status == PENDING else int(entry.get("failed", 0)))
 
     def _mark(self, group: str, index: int, status: int, failed: int) -> None:
         if self._status[group][index] != status:

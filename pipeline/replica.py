@@ -30,7 +30,7 @@ from pipeline.permissions import NOTHING, Permissions
 from pipeline.plan import BASELINE, Plan, Unit, make_plan
 from pipeline.samples import Sample
 from pipeline.screening import ESTIMATE, share_of_step
-from pipeline.store import Store, StoreError
+from pipeline.store import Store, StoreError, count_failed, digest_of
 
 RECORDS_KEPT = 2
 """Recorded samples a replica remembers besides those it reads from; the pool sends a sample's units to one replica."""
@@ -45,6 +45,7 @@ class Receipt:
     cells : cells computed. failed : cells with a value that is not finite, stored as NaN.
     bytes : written, uncompressed. row_forwards : denoiser forwards of one row each.
     gpu_bytes : peak GPU memory while the unit ran, 0 without GPU.
+    digest : of the values, as they were before they were written; see ``digest_of``.
     """
 
     cells: int
@@ -53,6 +54,7 @@ class Receipt:
     row_forwards: int
     seconds: float
     gpu_bytes: int = 0
+    digest: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -208,27 +210,37 @@ class Replica:
 
     def _baseline(self, unit: Unit) -> Receipt:
         values = self.computer.baseline(unit.sample)
-        failed, written = count_failed(values), self.store.write_sample(BASELINE, values, unit.sample)
+        failed = count_failed(values)
+        regions: list[tuple[str, dict[str, NDArray[Any]], int]] = [(BASELINE, {**values}, unit.sample)]
         for grid in self.plan.screened:
             estimates = self.computer.estimates(grid, unit.sample)
             failed += int(np.isnan(estimates).sum())
-            written += self.store.write_sample(grid.experiment.name, {ESTIMATE: estimates}, unit.sample)
+            regions.append((grid.experiment.name, {ESTIMATE: estimates}, unit.sample))
         if unit.sample in self.plan.config.previews.samples:
             position = self.plan.config.previews.samples.index(unit.sample)
-            written += self.store.write_sample("previews", {"x0_hat": self.computer.previews(unit.sample)}, position)
-        forwards = 2 * self.plan.geometry.steps * len(self.plan.geometry.branches) + self.plan.screening_forwards()
-        return Receipt(cells=2, failed=failed, bytes=written, row_forwards=forwards, seconds=0.0)
+            regions.append(("previews", {"x0_hat": self.computer.previews(unit.sample)}, position))
+        return Receipt(
+            cells=2,
+            failed=failed,
+            digest=digest_of({f"{group}/{n}": value for group, arrays, _ in regions for n, value in arrays.items()}),
+            bytes=sum(self.store.write_sample(*region) for region in regions),
+            row_forwards=2 * self.plan.geometry.steps * len(self.plan.geometry.branches)
+            + self.plan.screening_forwards(),
+            seconds=0.0,
+        )
 
     def _cells(self, unit: Unit) -> Receipt:
         rows = self.plan.interventions(unit)
         chosen = self._chosen(unit) if self.plan.verifies(unit) else np.ones(len(rows), dtype=np.bool_)
         values = self.computer.cells(unit, chosen)
+        digest = digest_of({f"{unit.group}/{name}": value for name, value in values.items()})
         written = self.store.write_cells(unit.group, values, unit.sample, unit.start, unit.stop)
         rows = [rows[i] for i in np.flatnonzero(chosen)]
         return Receipt(
             cells=len(rows),
             failed=count_failed({name: value.ravel()[chosen] for name, value in values.items()}),
             bytes=written,
+            digest=digest,
             row_forwards=sum(self.plan.batch_forwards([rows[i] for i in b]) for b in self.plan.batches(rows)),
             seconds=0.0,
         )
@@ -255,12 +267,6 @@ def _with_given_frames(record: Record, estimate: Any) -> Any:
     complete = estimate.clone()
     complete[:, :, :given] = record.final[:1, :, :given]
     return complete
-
-
-def count_failed(values: Mapping[str, NDArray[np.float32]]) -> int:
-    """Count cells in which any metric is NaN; per-step arrays of the baseline are not cells."""
-    per_cell: Sequence[NDArray[np.bool_]] = [np.isnan(v) for k, v in values.items() if not k.endswith("_by_step")]
-    return int(np.logical_or.reduce(per_cell).sum()) if per_cell else 0
 
 
 def _finite(metric: Metric, given: MetricInput) -> NDArray[np.float32]:

@@ -90,7 +90,7 @@ def run_sweep(
     PoolError : see ``cluster``; everything that was finished before is safe.
     """
     location = locate(place)
-    store = open_or_create(location, plan)
+    store = open_or_create(location, plan, say=say)
     lease = Lease(location, say=say)
     lease.acquire()
     journal = Journal(location, lease.generation)
@@ -108,6 +108,9 @@ def run_sweep(
             with stopping.on_signals(plan.config.run.drain_s, say):
                 drive.all(executor)
         ledger.flush(force=True)
+        if not drive.result.interrupted:
+            # A selection that was damaged is chosen again, though no unit waits for it.
+            drive.choose_again()
         judged = not drive.result.interrupted and _judge(location, plan, again=bool(units))
         if units or judged:
             consolidate(location)
@@ -165,6 +168,12 @@ class _Drive:
         if self.result.interrupted or next(self._ledger.pending(numbers), None) is None:
             return False
         return numbers == self._plan.layout.screening or all(self._choose(name) for name in self._screened())
+
+    def choose_again(self) -> None:
+        """Choose what is open, if every unit that it is chosen from is done."""
+        if next(self._ledger.pending(self._plan.layout.verifying), None) is None:
+            for name in self._screened():
+                self._choose(name)
 
     def _screened(self) -> Iterator[str]:
         return (grid.experiment.name for grid in self._plan.screened)

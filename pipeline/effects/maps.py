@@ -322,5 +322,7 @@ def _describe(metric: str, name: str, settings: Settings) -> dict[str, str]:
 
 def _write(place: Place, group: str, effects: xr.Dataset) -> str:
     checked = {str(name): {"compressors": [CODEC]} for name in effects.variables}
-    effects.to_zarr(locate(place).zarr(), group=group, mode="w", consolidated=False, encoding=checked)
+    effects.to_zarr(
+        locate(place).zarr(), group=group, mode="w", consolidated=False, encoding=checked, write_empty_chunks=True
+    )
     return group

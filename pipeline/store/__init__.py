@@ -1,9 +1,13 @@
 """The Zarr store of a sweep, in a folder or a bucket: template, regions, status, journal and the driver's lease."""
 
+from pipeline.store.accounts import count_failed as count_failed
+from pipeline.store.accounts import digest_of as digest_of
+from pipeline.store.errors import CorruptedError as CorruptedError
 from pipeline.store.errors import LeaseLostError as LeaseLostError
 from pipeline.store.errors import StorageFullError as StorageFullError
 from pipeline.store.errors import StorageReadOnlyError as StorageReadOnlyError
 from pipeline.store.errors import StoreError as StoreError
+from pipeline.store.export import export_store as export_store
 from pipeline.store.journal import DONE as DONE
 from pipeline.store.journal import FAILED as FAILED
 from pipeline.store.journal import PENDING as PENDING
@@ -20,7 +24,11 @@ from pipeline.store.opening import is_store as is_store
 from pipeline.store.opening import open_or_create as open_or_create
 from pipeline.store.opening import open_store as open_store
 from pipeline.store.regions import Store as Store
+from pipeline.store.states import ends as ends
+from pipeline.store.states import states_of as states_of
 from pipeline.store.template import CODEC as CODEC
 from pipeline.store.template import PREVIEW_RUNS as PREVIEW_RUNS
 from pipeline.store.template import SCHEMA_VERSION as SCHEMA_VERSION
 from pipeline.store.template import consolidate as consolidate
+from pipeline.store.verify import Findings as Findings
+from pipeline.store.verify import verify as verify

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -25,6 +27,10 @@ class StorageReadOnlyError(StoreError):
     """The place of the store may not be written; what was finished before is safe."""
 
     halts_pool = True
+
+
+class CorruptedError(StoreError):
+    """What is stored cannot be read back."""
 
 
 class LeaseLostError(StoreError):
@@ -61,6 +67,44 @@ def storage_error(error: BaseException, what: str) -> StoreError | None:
             return _read_only(what, error)
         return StoreError(f"cannot write {what}: {reason_of(error)}. Run the same command again once it answers.")
     return None
+
+
+@contextmanager
+def reading(store: object, region: str) -> Iterator[None]:
+    """Name the region of a store that cannot be read.
+
+    Raises
+    ------
+    CorruptedError : its bytes are there and make no sense. StoreError : the storage does not give them.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        if is_object_store_error(error) or isinstance(error, PermissionError):
+            raise StoreError(f"store {store}: {region} cannot be read: {reason_of(error)}. Try again later.") from error
+        raise CorruptedError(
+            f"store {store}: {region} cannot be read: {reason_of(error)}. "
+            f"Check the store with: stepscope verify {store}"
+        ) from error
+
+
+@contextmanager
+def writing(store: object, region: str) -> Iterator[None]:
+    """Name the region of a store that cannot be written.
+
+    Raises
+    ------
+    StorageFullError, StorageReadOnlyError, StoreError : the storage refuses it, or does not answer.
+    """
+    try:
+        yield
+    except Exception as error:
+        refused = storage_error(error, f"region {region} of store {store}")
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def _full(what: str, error: BaseException) -> StorageFullError:

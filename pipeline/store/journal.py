@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ SEGMENT_BYTES = 1_000_000
 
 def status_of(entry: dict[str, Any]) -> int | None:
     """Return the state that a line of the journal gives its unit; None if it is about no unit's end."""
-    if "group" not in entry or not isinstance(entry.get("index"), int):
+    if "group" not in entry or type(entry.get("index")) is not int:
         return None
     if entry.get("unset"):
         return PENDING
@@ -41,7 +43,7 @@ class Journal:
 
     Attributes
     ----------
-    skipped : lines that the last reading could not understand: torn by a kill, or corrupted.
+    skipped : lines that the last reading could not use: torn by a kill, or corrupted.
     """
 
     def __init__(self, place: Place, generation: int = 0) -> None:
@@ -62,7 +64,7 @@ class Journal:
         ------
         StorageFullError, StorageReadOnlyError : the line cannot be written.
         """
-        line = json.dumps({"time": round(time.time(), 3), **entry}).encode() + b"\n"
+        line = _sealed({"time": round(time.time(), 3), **entry})
         if isinstance(self.location, Folder):
             self._append_to_file(line)
             return
@@ -94,14 +96,11 @@ class Journal:
         for line in self._read_lines():
             if not line.strip():
                 continue
-            try:
-                entry = json.loads(line.decode("utf-8", errors="replace"))
-            except ValueError:
-                entry = None
-            if isinstance(entry, dict):
-                yield entry
-            else:
+            entry = _opened(line.rstrip())
+            if entry is None:
                 self.skipped += 1
+            else:
+                yield entry
 
     def _read_lines(self) -> Iterator[bytes]:
         # A store that was copied between the two kinds of place has both, the foreign kind being the older one.
@@ -148,6 +147,28 @@ class Journal:
             self._torn = False
         except OSError as error:
             raise storage_error(error, str(path)) or error from error
+
+
+_SEAL = re.compile(rb', "crc": "([0-9a-f]{8})"}$')
+
+
+def _sealed(entry: dict[str, Any]) -> bytes:
+    """Return the line of an entry, which ends with a checksum of what comes before."""
+    text = json.dumps(entry).encode()
+    return text[:-1] + f', "crc": "{zlib.crc32(text):08x}"}}\n'.encode()
+
+
+def _opened(line: bytes) -> dict[str, Any] | None:
+    """Return the entry of a line without its checksum; None if it is no entry, or not the one that was written."""
+    if seal := _SEAL.search(line):
+        line = line[: seal.start()] + b"}"
+        if f"{zlib.crc32(line):08x}".encode() != seal[1]:
+            return None
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def _ends_torn(path: os.PathLike[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from pipeline.plan import Plan
 from pipeline.store.errors import StoreError, is_object_store_error, reason_of
 from pipeline.store.location import Bucket, Folder, Location, Place, locate
 from pipeline.store.regions import Store
-from pipeline.store.template import SCHEMA_VERSION, write_template
+from pipeline.store.restore import restore_template
+from pipeline.store.template import SCHEMA_VERSION, template_of, write_template
 
 ROOT = "zarr.json"
 CREATING = "creating.json"
@@ -47,13 +49,15 @@ def open_store(place: Place) -> Store:
     """
     location = locate(place)
     if not is_store(location):
+        if _lost_its_root(location):
+            raise _damaged(location)
         what = "does not exist" if _is_absent(location) else "is not a stepscope store"
         raise StoreError(f"{location} {what}. Create one with: stepscope run CONFIG --store {location}")
     try:
         store = Store(location)
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise StoreError(f"store {location} cannot be opened for writing: {reason_of(error)}") from error
-    found = int(str(store.root.attrs["schema_version"]))
+    found = _schema(store)
     if found > SCHEMA_VERSION:
         raise StoreError(
             f"store {location} has schema version {found}, this stepscope reads up to {SCHEMA_VERSION}. Update it."
@@ -61,8 +65,14 @@ def open_store(place: Place) -> Store:
     return store
 
 
-def open_or_create(place: Place, plan: Plan) -> Store:
+def open_or_create(place: Place, plan: Plan, *, say: Callable[[str], None] | None = None) -> Store:
     """Open the store of this very config, or create it whole: every array allocated, every unit pending.
+
+    Of a store that is there, damaged parts of the template are written anew.
+
+    Parameters
+    ----------
+    say : told which parts those are.
 
     Raises
     ------
@@ -70,7 +80,9 @@ def open_or_create(place: Place, plan: Plan) -> Store:
     """
     location = locate(place)
     if is_store(location):
-        return _open_same(location, plan)
+        return _open_same(location, plan, say)
+    if _lost_its_root(location):
+        raise _damaged(location)
     if not location.name:
         raise StoreError(f"{location} has no name of its own. Name a new folder with --store.")
     if isinstance(location, Folder):
@@ -79,12 +91,12 @@ def open_or_create(place: Place, plan: Plan) -> Store:
         assert isinstance(location, Bucket)
         created = _create_in_bucket(location, plan)
     # Where another first start was faster, what it made is this store, or is refused like any other.
-    return Store(location) if created else _open_same(location, plan)
+    return Store(location) if created else _open_same(location, plan, say)
 
 
-def _open_same(location: Location, plan: Plan) -> Store:
+def _open_same(location: Location, plan: Plan, say: Callable[[str], None] | None) -> Store:
     store = open_store(location)
-    found = int(str(store.root.attrs["schema_version"]))
+    attrs, found = dict(store.root.attrs), _schema(store)
     if found != SCHEMA_VERSION:
         # Older ones order the axes of an experiment otherwise.
         raise StoreError(
@@ -92,16 +104,43 @@ def _open_same(location: Location, plan: Plan) -> Store:
             "Finish it with the version that began it, or use another --store."
         )
     if store.config_hash != plan.config.hash():
-        stored = json.loads(str(store.root.attrs["config_json"]))
-        keys = "; ".join(differing(stored, plan.config.identity()))
+        keys = "; ".join(differing(_stored_config(attrs, location), plan.config.identity()))
+        if not keys:
+            raise _damaged(location)
         raise StoreError(
             f"store {location} holds another config. Differing: {keys}. Use another --store, or that config."
         )
-    if store.root.attrs["model_digest"] != plan.model.digest:
+    if _stored_config(attrs, location) != plan.config.identity() or "model_digest" not in attrs:
+        raise _damaged(location)
+    if attrs["model_digest"] != plan.model.digest:
         raise StoreError(
             f"store {location} was computed with other weights or settings of {plan.model.id}. Use another --store."
         )
-    return store
+    restored = restore_template(location, plan)
+    if restored and say is not None:
+        say(f"store {location}: damaged parts of the template were written anew: {', '.join(restored)}.")
+    return Store(location) if restored else store
+
+
+def _schema(store: Store) -> int:
+    try:
+        return int(str(store.root.attrs["schema_version"]))
+    except ValueError as error:
+        raise _damaged(store.location) from error
+
+
+def _stored_config(attrs: dict[str, Any], location: Location) -> Any:
+    try:
+        return json.loads(str(attrs["config_json"]))
+    except (ValueError, LookupError) as error:
+        raise _damaged(location) from error
+
+
+def _damaged(location: Location) -> StoreError:
+    return StoreError(
+        f"store {location} is damaged: its {ROOT} does not say what it was created for. "
+        "Put back a copy of that file, or use another --store."
+    )
 
 
 def differing(a: Any, b: Any, prefix: str = "") -> list[str]:
@@ -113,6 +152,14 @@ def differing(a: Any, b: Any, prefix: str = "") -> list[str]:
             for line in differing(a.get(key), b.get(key), f"{prefix}.{key}".lstrip("."))
         ]
     return [] if a == b else [f"{prefix} is {json.dumps(a)} in the store, {json.dumps(b)} in the config"]
+
+
+def _lost_its_root(location: Location) -> bool:
+    """Whether the groups of a store are there, so that only its root is missing or damaged."""
+    if not all(location.exists(f"{group}/{ROOT}") for group in ("samples", "baseline")):
+        return False
+    # In this order: a store that is being created at this moment has the mark, and then the root.
+    return not location.exists(CREATING) and not is_store(location)
 
 
 def _is_absent(location: Location) -> bool:
@@ -130,6 +177,8 @@ def _create_folder(path: Path, plan: Plan) -> bool:
     try:
         # os.path.exists is False where pathlib raises, as below a folder that may not be read.
         if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
+            if is_store(path):
+                return False
             raise StoreError(f"{path} exists and is not a stepscope store. Use another --store.")
         path.parent.mkdir(parents=True, exist_ok=True)
         for rest in path.parent.glob(f"{path.name}.*.building"):
@@ -218,12 +267,3 @@ def _claim_prefix(location: Bucket, plan: Plan) -> None:
             f"{location} holds the beginnings of a store of another config. "
             "Use another --store, or delete what is there."
         )
-
-
-def template_of(plan: Plan) -> dict[str, bytes]:
-    """Return a plan's template as the bytes of its keys."""
-    from zarr.storage import MemoryStore
-
-    content: dict[str, Any] = {}
-    write_template(MemoryStore(content), plan)
-    return {key: value.to_bytes() for key, value in content.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import zarr
 from numpy.typing import NDArray
 
 from pipeline.screening import DRAWN, ESTIMATE, ESTIMATED, EXACT, OPEN, VERIFIED, Selection
-from pipeline.store.errors import StoreError, reason_of, storage_error
+from pipeline.store.errors import StoreError, reading, writing
 from pipeline.store.location import Place, locate
 
 
@@ -21,7 +20,8 @@ class Store:
 
     def __init__(self, place: Place) -> None:
         self.location = locate(place)
-        self.root = zarr.open_group(self.location.zarr(), mode="r+", use_consolidated=False)
+        self.root: Any = zarr.open_group(self.location.zarr(), mode="r+", use_consolidated=False)
+        self._arrays: dict[str, Any] = {}
 
     @property
     def config_hash(self) -> str:
@@ -43,7 +43,7 @@ class Store:
         StorageFullError, StorageReadOnlyError : the storage takes no more.
         """
         for name, value in values.items():
-            array = self._array(f"{group}/{name}")
+            array = self.array(f"{group}/{name}")
             lead = array.shape[1] if array.ndim > 1 else 1
             region = f"{group}/{name}[{sample}, {start}:{stop}]"
             expected = (stop - start, *array.shape[2:]) if array.ndim > 1 else ()
@@ -56,8 +56,8 @@ class Store:
             if array.ndim > 1 and (start % array.chunks[1] or (stop % array.chunks[1] and stop != lead)):
                 raise StoreError(f"region {region} is not whole chunks of {array.chunks[1]}. Nothing was written.")
         for name, value in values.items():
-            array = self._array(f"{group}/{name}")
-            with self._writing(f"{group}/{name}[{sample}, {start}:{stop}]"):
+            array = self.array(f"{group}/{name}")
+            with writing(self.location, f"{group}/{name}[{sample}, {start}:{stop}]"):
                 if array.ndim > 1:
                     array[sample, start:stop] = value
                 else:
@@ -73,33 +73,46 @@ class Store:
         StorageFullError, StorageReadOnlyError : the storage takes no more.
         """
         for name, value in values.items():
-            shape, region = self._array(f"{group}/{name}").shape[1:], f"{group}/{name}[{sample}]"
+            shape, region = self.array(f"{group}/{name}").shape[1:], f"{group}/{name}[{sample}]"
             if np.shape(value) != shape:
                 raise StoreError(
                     f"region {region} has shape {shape}, the values have {np.shape(value)}. Nothing was written."
                 )
         for name, value in values.items():
-            array = self._array(f"{group}/{name}")
-            with self._writing(f"{group}/{name}[{sample}]"):
+            array = self.array(f"{group}/{name}")
+            with writing(self.location, f"{group}/{name}[{sample}]"):
                 array[sample] = value
         return sum(int(np.asarray(v).nbytes) for v in values.values())
 
     def chosen(self, group: str, start: int, stop: int) -> NDArray[np.bool_] | None:
-        """Return which cells of a unit of a screened experiment are computed, flat; None if that is still open."""
-        array = self._array(f"{group}/{EXACT}")
-        values = np.asarray(array[start:stop] if array.ndim else array[...], dtype=np.uint8).ravel()
+        """Return which cells of a unit of a screened experiment are computed, flat; None if that is still open.
+
+        Raises
+        ------
+        CorruptedError : the selection cannot be read.
+        """
+        array = self.array(f"{group}/{EXACT}")
+        with reading(self.location, f"{group}/{EXACT}"):
+            values = np.asarray(array[start:stop] if array.ndim else array[...], dtype=np.uint8).ravel()
         return None if (values == OPEN).any() else values == VERIFIED
 
     def estimates(self, group: str) -> Iterator[NDArray[np.float32]]:
-        """Yield the estimates of each sample of a screened experiment."""
-        array = self._array(f"{group}/{ESTIMATE}")
+        """Yield the estimates of each sample of a screened experiment.
+
+        Raises
+        ------
+        CorruptedError : they cannot be read.
+        """
+        array = self.array(f"{group}/{ESTIMATE}")
         for sample in range(array.shape[0]):
-            yield np.asarray(array[sample], dtype=np.float32)
+            with reading(self.location, f"{group}/{ESTIMATE}[{sample}]"):
+                values = np.asarray(array[sample], dtype=np.float32)
+            yield values
 
     def write_selection(self, group: str, selection: Selection) -> None:
         """Write which cells of a screened experiment are computed; the driver alone does this, once."""
-        drawn, exact = self._array(f"{group}/{DRAWN}"), self._array(f"{group}/{EXACT}")
-        with self._writing(f"{group}/{EXACT}"):
+        drawn, exact = self.array(f"{group}/{DRAWN}"), self.array(f"{group}/{EXACT}")
+        with writing(self.location, f"{group}/{EXACT}"):
             drawn[...] = selection.drawn.astype(np.uint8)
             # Last, and one chunk: whoever reads it finds nothing chosen or everything.
             exact[...] = np.where(selection.exact, VERIFIED, ESTIMATED).astype(np.uint8)
@@ -109,16 +122,11 @@ class Store:
 
         Raises
         ------
-        StoreError : it is corrupted.
+        CorruptedError : it cannot be read.
         """
-        array = self._array(f"{group}/status")
-        try:
+        array = self.array(f"{group}/status")
+        with reading(self.location, f"{group}/status"):
             return np.asarray(array[:], dtype=np.uint8)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise StoreError(
-                f"store {self.location}: {group}/status cannot be read: {reason_of(error)}. "
-                f"Repair it with: stepscope verify {self.location}"
-            ) from error
 
     def groups(self) -> list[str]:
         """List the groups that have a status."""
@@ -128,26 +136,24 @@ class Store:
 
     def write_status(self, group: str, values: NDArray[np.uint8]) -> None:
         """Write a group's status; the driver alone does this, after the data."""
-        array = self._array(f"{group}/status")
-        with self._writing(f"{group}/status"):
+        array = self.array(f"{group}/status")
+        with writing(self.location, f"{group}/status"):
             array[:] = values
+
+    def reset_selection(self, group: str) -> None:
+        """Forget which cells of a screened experiment are computed; the driver chooses the same ones again."""
+        for name in (EXACT, DRAWN):
+            array = self.array(f"{group}/{name}")
+            with writing(self.location, f"{group}/{name}"):
+                array[...] = np.full(array.shape, OPEN, dtype=np.uint8)
 
     def sweep_partial_files(self) -> int:
         """Delete the temporary files that killed writers left behind; returns how many."""
         return self.location.sweep_partial()
 
-    @contextmanager
-    def _writing(self, region: str) -> Iterator[None]:
-        """Name the region where the storage refuses a write."""
-        try:
-            yield
-        except Exception as error:
-            refused = storage_error(error, f"region {region} of store {self.location}")
-            if refused is None:
-                raise
-            raise refused from error
-
-    def _array(self, key: str) -> Any:
-        # The setting is no part of an array's metadata, so what creation chose does not hold here.
-        array: Any = self.root[key]
-        return array.with_config({"write_empty_chunks": True})
+    def array(self, key: str) -> Any:
+        """Return an array by its path; its metadata is read once, as it never changes."""
+        if key not in self._arrays:
+            # The setting is no part of an array's metadata, so what creation chose does not hold here.
+            self._arrays[key] = self.root[key].with_config({"write_empty_chunks": True})
+        return self._arrays[key]

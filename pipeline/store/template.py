@@ -41,6 +41,15 @@ def write_template(store: Any, plan: Plan) -> None:
     _consolidate(store)
 
 
+def template_of(plan: Plan) -> dict[str, bytes]:
+    """Return a plan's template as the bytes of its keys."""
+    from zarr.storage import MemoryStore
+
+    content: dict[str, Any] = {}
+    write_template(MemoryStore(content), plan)
+    return {key: value.to_bytes() for key, value in content.items()}
+
+
 def consolidate(place: Place) -> None:
     """Consolidate metadata, so that xarray opens the store in one read and without a warning."""
     _consolidate(locate(place).zarr())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -103,7 +104,7 @@ class TestPlaces:
         assert pool.done == [0, 1, 2]
         waits = [event.seconds for event in pool.of(PoolWaiting)]
         assert waits[0] >= 5
-        assert all(later >= 2 * earlier for earlier, later in zip(waits, waits[1:], strict=False))
+        assert all(later >= 2 * earlier for earlier, later in itertools.pairwise(waits))
         assert len(waits) == math.floor(math.log2(7200 / 5)) + 1
 
     def test_an_ordinary_start_is_not_told_as_waiting(self) -> None:
