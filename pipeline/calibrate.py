@@ -23,7 +23,8 @@ def seconds_per_row_forward(plan: Plan) -> float:
     import torch
 
     torch.set_num_threads(plan.config.engine.threads)
-    pipe = load_pipeline(plan.model, dtype=plan.config.model.dtype, device=plan.config.model.device)
+    model = plan.config.model
+    pipe = load_pipeline(plan.model, dtype=model.dtype, device=model.device, device_map=model.device_map)
     computer = Computer(plan, pipe)
     try:
         record = computer.record(0)

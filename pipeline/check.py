@@ -34,15 +34,19 @@ class Check:
         return all(control.passed for controls in self.controls.values() for control in controls)
 
 
-def check_model(model_id: str, *, dtype: str, device: str) -> Check:
+def check_model(model_id: str, *, dtype: str, device: str, pickled_weights: bool = False) -> Check:
     """Load a model and run the controls on it, with guidance and without.
+
+    Parameters
+    ----------
+    pickled_weights : whether weights that are not safetensors are accepted.
 
     Raises
     ------
     ModelError : the model cannot be loaded, or its family or solver is not covered.
     ControlError : a step cache is active.
     """
-    info = describe_model(model_id)
+    info = describe_model(model_id, pickled_weights=pickled_weights)
     pipe = load_pipeline(info, dtype=dtype, device=device)
     family = family_of(type(pipe).__name__)
     try:

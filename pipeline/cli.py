@@ -18,12 +18,14 @@ __all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "OK", "app", "console", "main"]
 
 def _bad_input() -> tuple[type[Exception], ...]:
     from cluster import PoolError
+    from cluster.jobs import JobError
     from interventions.controls import ControlError
     from pipeline.config import ConfigError
     from pipeline.models import ModelError
+    from pipeline.permissions import PermissionsError
     from pipeline.store import StoreError
 
-    return ConfigError, ControlError, ModelError, StoreError, PoolError, UsageError
+    return ConfigError, ControlError, JobError, ModelError, PermissionsError, StoreError, PoolError, UsageError
 
 
 _NOT_WRITABLE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

@@ -15,8 +15,14 @@ from pipeline import metrics as _metrics  # noqa: F401  (registers every metric)
 from pipeline import tasks as _tasks  # noqa: F401  (registers every task)
 from pipeline.experiment import Experiment, ExperimentError, Problem, parse, unknown
 from pipeline.metrics.metric import METRICS
+from pipeline.permissions import FUNCTION
+from pipeline.redaction import credentials_in
 from pipeline.tasks.task import TASKS, Sampler, Task
+from pipeline.wording import named, shortened, shown
 from pipeline.yaml_source import Loc, SourceError, line_of, read_file, read_value
+
+MOST_PROBLEMS, LONGEST_TEXT = 50, 1000
+"""Of one message: more than anybody reads means that the file is of another kind."""
 
 
 class ConfigError(ValueError):
@@ -30,12 +36,14 @@ class _Frozen(BaseModel):
 class ModelConfig(_Frozen):
     """Which model, in which precision.
 
-    ``id`` is an embedded model, a diffusers folder or a hub name.
+    ``id`` is an embedded model, a diffusers folder or a hub name. ``device_map`` spreads the parts of a pipeline over
+    the GPUs of one replica.
     """
 
     id: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_map: Literal["none", "balanced"] = "none"
 
 
 class EngineConfig(_Frozen):
@@ -97,7 +105,11 @@ class SweepConfig(_Frozen):
         """Return everything that can change a result, JSON-able, with defaults filled in."""
         data = self.model_dump(mode="json", exclude={"run"})
         data["task"] = self.build_task().identity()
-        data["model"].pop("device")
+        for where in ("device", "device_map"):
+            data["model"].pop(where)
+        if sources := {name: METRICS[name].source for name in self.metrics if METRICS[name].source}:
+            # A function that has changed since gives other results.
+            data["metric_sources"] = sources
         return data
 
     def hash(self) -> str:
@@ -139,6 +151,8 @@ def validate(
         problems += _translate(error, SweepConfig, ())
     problems += _task_problems(raw.get("task"))
     problems += _metric_problems(raw)
+    problems += _device_problems(config)
+    problems += _credential_problems(raw)
     problems += _experiment_problems(raw.get("experiments"))
     if problems or config is None:
         raise ConfigError(format_problems(problems, lines, name, overridden or set()))
@@ -154,8 +168,11 @@ def format_problems(
         line = line_of(loc, dict(lines))
         by_option = any(loc[: len(o)] == o for o in overridden or ())
         place = "--set" if by_option else f"{name}:{line}" if line else name
-        rows.append((line or 0, f"{place}: {'.'.join(map(str, loc)) or 'config'}: {text}"))
-    return "\n".join(text for _, text in sorted(dict.fromkeys(rows)))
+        rows.append((line or 0, f"{place}: {named(*loc) if loc else 'config'}: {shortened(text, LONGEST_TEXT)}"))
+    texts = [text for _, text in sorted(dict.fromkeys(rows))]
+    if len(texts) > MOST_PROBLEMS:
+        texts[MOST_PROBLEMS:] = [f"{name}: {len(texts) - MOST_PROBLEMS} more problems are not listed"]
+    return "\n".join(texts)
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -167,7 +184,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
     for part in path[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {text!r}: {part} is {node!r}, not a mapping, so {key} cannot be set in it")
+            raise ConfigError(f"--set {text!r}: {part} is {shown(node)}, not a mapping, so {key} cannot be set in it")
     try:
         node[path[-1]] = read_value(value)
     except SourceError as error:
@@ -199,15 +216,44 @@ def _metric_problems(raw: Mapping[str, Any]) -> list[Problem]:
     if not isinstance(names, list):
         return []
     # An unknown task is reported by itself; it must not make every metric unknown as well.
-    known = [m.name for m in METRICS.values() if not _known_task(task_name) or m.defined_for(str(task_name))]
+    known = [n for n, m in METRICS.items() if not _known_task(task_name) or m.defined_for(str(task_name))]
     found: list[Problem] = [
-        (("metrics", i), unknown("metric", n, known))
+        (("metrics", i), _not_allowed(n) if FUNCTION.fullmatch(n) else unknown("metric", n, known))
         for i, n in enumerate(names)
         if isinstance(n, str) and n not in known
     ]
     if len(set(map(str, names))) != len(names):
-        found.append((("metrics",), f"a metric is listed twice: {names}"))
+        found.append((("metrics",), f"a metric is listed twice: {shown(names)}"))
     return found
+
+
+def _not_allowed(name: str) -> str:
+    text = f"{shown(name)} is a function of the user's own, and a config alone may not run code"
+    return f"{text}; if you trust it, add to the command: --allow-metric {shortened(name)}"
+
+
+def _device_problems(config: SweepConfig | None) -> list[Problem]:
+    if config is None or config.model.device_map == "none":
+        return []
+    found: list[Problem] = []
+    if config.model.device == "cpu":
+        found.append((("model", "device_map"), "balanced spreads a pipeline over GPUs, and device is cpu"))
+    if config.run.replicas and config.run.gpus_per_replica < 2:
+        text = f"balanced needs run.gpus_per_replica of 2 or more, got {config.run.gpus_per_replica:g}"
+        found.append((("model", "device_map"), text))
+    return found
+
+
+def _credential_problems(raw: Any, loc: Loc = ()) -> list[Problem]:
+    """Return where a config holds a credential: it would go into the store's attributes."""
+    if isinstance(raw, Mapping):
+        found = [problem for key, value in raw.items() for problem in _credential_problems(value, (*loc, key))]
+        return found + [problem for key in raw for problem in _credential_problems(key, loc)]
+    if isinstance(raw, list):
+        return [problem for i, value in enumerate(raw) for problem in _credential_problems(value, (*loc, i))]
+    if isinstance(raw, str) and (what := credentials_in(raw)):
+        return [(loc, f"holds {what}, which would be kept with the results; give it through the environment instead")]
+    return []
 
 
 RESERVED = ("samples", "baseline", "previews", "effects")
@@ -219,7 +265,7 @@ def _experiment_problems(raw: Any) -> list[Problem]:
     for name, entry in raw.items() if isinstance(raw, dict) else ():
         if name in RESERVED or not _GROUP_NAME.fullmatch(name):
             allowed = f"letters, digits, _ and -, a letter or digit first, and none of {', '.join(RESERVED)}"
-            problems.append((("experiments", name), f"an experiment cannot be named {name!r}; use {allowed}"))
+            problems.append((("experiments", name), f"an experiment cannot be named {shown(name)}; use {allowed}"))
         if not isinstance(entry, dict):
             continue  # the type error is reported by the main model
         try:
@@ -257,7 +303,7 @@ def _translate(error: ValidationError, model: type[BaseModel], prefix: Loc) -> l
             continue  # pydantic does not count items that it refuses one by one
         else:
             words = _PLAIN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
-            text = f"{words}, got {item['input']!r}"
+            text = f"{words}, got {shown(item['input'])}"
         problems.append((loc, text))
     return problems
 

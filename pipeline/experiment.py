@@ -19,9 +19,12 @@ from interventions.kinds.patch import Patch
 from interventions.screen import NotScreenableError, require_screenable
 from interventions.sites import Geometry, NoSuchSiteError
 from pipeline.screening import Screen
+from pipeline.wording import LONGEST, shown
 from pipeline.yaml_source import Loc
 
-_SLICE = re.compile(r"^(-?\d*):(-?\d*)(?::0*([1-9]\d*))?$")
+_SLICE = re.compile(r"((?:-?[0-9]+)?):((?:-?[0-9]+)?)(?::0*([1-9][0-9]*))?", re.ASCII)
+MOST_CELLS = 1_000_000
+"""Cells of one experiment and sample, each of which is built and checked before anything runs."""
 AXIS_ORDER = ("step", "layer", "component", "head", "frame")
 """Axes that come first, in this order; units are cut along the very first, so that a unit shares few steps."""
 
@@ -72,6 +75,10 @@ class Experiment:
         for name, values in [*axes, *((n, (v,)) for n, v in self.fixed)]:
             problems += _out_of_range(name, values, fields, geometry)
         grid = Grid(experiment=self, geometry=geometry, axes=tuple(axes))
+        if grid.cells > MOST_CELLS:
+            problems.append(
+                ((), f"{grid.cells:,} cells a sample; an experiment has at most {MOST_CELLS:,}: sweep less")
+            )
         if not problems and not checked:
             problems = grid.check()
         if problems:
@@ -166,7 +173,7 @@ def parse(name: str, raw: Any) -> Experiment:
     """
     where: Loc = ("experiments", name)
     if not isinstance(raw, dict):
-        raise ExperimentError([(where, f"expected a mapping with `kind`, got {raw!r}")])
+        raise ExperimentError([(where, f"expected a mapping with `kind`, got {shown(raw)}")])
     kind = raw.get("kind")
     if kind is None:
         raise ExperimentError([(where, f"kind is missing; allowed: {', '.join(KINDS)}")])
@@ -182,7 +189,7 @@ def parse(name: str, raw: Any) -> Experiment:
             continue
         if field not in cls.model_fields:
             problems.append(((*where, field), unknown("key", field, [f for f in cls.model_fields if f != "kind"])))
-        elif isinstance(value, str) and field in index_fields(cls) and (value == "all" or _SLICE.match(value)):
+        elif isinstance(value, str) and field in index_fields(cls) and (value == "all" or _SLICE.fullmatch(value)):
             axes[field] = value
         elif isinstance(value, list) and field == "parts":
             problems.append(((*where, field), "parts is one mapping; make an experiment for each, or sweep beside it"))
@@ -212,7 +219,7 @@ def _screen(raw: Any, kind: str, loc: Loc, problems: list[Problem]) -> Screen | 
         problems.append((loc, f"only experiments of kind patch can be screened, this one is of kind {kind}"))
         return None
     if not isinstance(raw, dict):
-        problems.append((loc, f"expected a mapping such as {{top: 0.1, metric: clean_projection}}, got {raw!r}"))
+        problems.append((loc, f"expected a mapping such as {{top: 0.1, metric: clean_projection}}, got {shown(raw)}"))
         return None
     if isinstance(raw.get("metric"), str) and raw["metric"] not in OBJECTIVES:
         problems.append(((*loc, "metric"), unknown("differentiable metric", raw["metric"], OBJECTIVES)))
@@ -223,7 +230,7 @@ def _screen(raw: Any, kind: str, loc: Loc, problems: list[Problem]) -> Screen | 
             if item["type"] == "extra_forbidden":
                 text = unknown("key", item["loc"][-1], Screen.model_fields)
             else:
-                text = item["msg"] if item["type"] == "missing" else f"{item['msg']}, got {item['input']!r}"
+                text = item["msg"] if item["type"] == "missing" else f"{item['msg']}, got {shown(item['input'])}"
             problems.append(((*loc, *item["loc"]), text))
         return None
 
@@ -231,9 +238,9 @@ def _screen(raw: Any, kind: str, loc: Loc, problems: list[Problem]) -> Screen | 
 def unknown(what: str, value: Any, known: Any) -> str:
     """Say that a name is not known, with the nearest one or all of them."""
     names = [str(k) for k in known]
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value)[:LONGEST], names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {value!r}: {hint}allowed: {', '.join(names)}"
+    return f"unknown {what} {shown(value)}: {hint}allowed: {', '.join(names)}"
 
 
 def _checked(cls: type[Intervention], field: str, value: Any, loc: Loc, problems: list[Problem]) -> Any:
@@ -243,7 +250,7 @@ def _checked(cls: type[Intervention], field: str, value: Any, loc: Loc, problems
         return adapter.validate_python(value, strict=True)
     except ValidationError as error:
         allowed = f"; a list sweeps it{', `all` or a slice such as `2:8` too' if field in index_fields(cls) else ''}"
-        problems.append((loc, f"{_first_message(error)}, got {value!r}{allowed}"))
+        problems.append((loc, f"{_first_message(error)}, got {shown(value)}{allowed}"))
         return value
 
 
@@ -268,14 +275,14 @@ def _list_problems(values: list[Any], loc: Loc) -> list[Problem]:
     if None in values:
         return [(loc, "null cannot be swept; leave the key out, in an experiment of its own")]
     if len({repr(v) for v in values}) != len(values):
-        return [(loc, f"a value is listed twice: {values}")]
+        return [(loc, f"a value is listed twice: {shown(values)}")]
     return []
 
 
 def _resolve(text: str, indices: tuple[int, ...]) -> tuple[int, ...]:
     if text == "all" or not indices:
         return indices
-    match = _SLICE.match(text)
+    match = _SLICE.fullmatch(text)
     assert match is not None
     start, stop, stride = (int(g) if g else None for g in match.groups())
     # A slice is in the coordinate's own numbers: "1:" keeps indices from 1 on, "-3:" the last three.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,13 @@ from interventions.kinds.patch import Patch
 from interventions.record import Fork, Record
 from interventions.screen import screen
 from interventions.sites import RUNS
+from pipeline import gpu_memory
 from pipeline.config import SweepConfig
 from pipeline.experiment import Grid
 from pipeline.metrics.metric import Metric, MetricInput, no_video
 from pipeline.metrics.objective import OBJECTIVES
 from pipeline.models import load_pipeline
+from pipeline.permissions import NOTHING, Permissions
 from pipeline.plan import BASELINE, Plan, Unit, make_plan
 from pipeline.samples import Sample
 from pipeline.screening import ESTIMATE, share_of_step
@@ -41,6 +44,7 @@ class Receipt:
     ----------
     cells : cells computed. failed : cells with a value that is not finite, stored as NaN.
     bytes : written, uncompressed. row_forwards : denoiser forwards of one row each.
+    gpu_bytes : peak GPU memory while the unit ran, 0 without GPU.
     digest : of the values, as they were before they were written; see ``digest_of``.
     """
 
@@ -49,6 +53,7 @@ class Receipt:
     bytes: int
     row_forwards: int
     seconds: float
+    gpu_bytes: int = 0
     digest: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -174,18 +179,22 @@ class Replica:
     Parameters
     ----------
     config : the sweep config as JSON-able data. store : address of the store, which every node sees.
+    permissions : what the command line allowed.
     """
 
-    def __init__(self, config: Mapping[str, Any], store: str) -> None:
+    def __init__(self, config: Mapping[str, Any], store: str, permissions: Permissions = NOTHING) -> None:
         import torch
 
+        permissions.apply()
         parsed = SweepConfig.model_validate(config)
         torch.set_num_threads(parsed.engine.threads)
-        self.plan = make_plan(parsed, checked=True)
+        self.plan = make_plan(parsed, checked=True, permissions=permissions)
         self.store = Store(store)
         if parsed.hash() != self.store.config_hash:
             raise StoreError(f"store {store} holds another config than this replica sees: an image of it differs here.")
-        pipe = load_pipeline(self.plan.model, dtype=parsed.model.dtype, device=parsed.model.device)
+        model = parsed.model
+        pipe = load_pipeline(self.plan.model, dtype=model.dtype, device=model.device, device_map=model.device_map)
+        self.hardware = _hardware(pipe)
         self.computer = Computer(self.plan, pipe)
         require_controls(
             self.computer.engine, self.plan.task.inputs(pipe, self.plan.samples[0], self.plan.config.sampler)
@@ -194,8 +203,10 @@ class Replica:
     def run(self, unit: Unit) -> Receipt:
         """Compute one unit and write its region; the same unit always writes the same bytes."""
         started = time.perf_counter()
+        gpu_memory.reset_peak()
         receipt = self._baseline(unit) if unit.group == BASELINE else self._cells(unit)
-        return replace(receipt, seconds=round(time.perf_counter() - started, 4))
+        seconds = round(time.perf_counter() - started, 4)
+        return replace(receipt, seconds=seconds, gpu_bytes=gpu_memory.peak())
 
     def _baseline(self, unit: Unit) -> Receipt:
         values = self.computer.baseline(unit.sample)
@@ -239,6 +250,15 @@ class Replica:
         if chosen is None:
             raise StoreError(f"the cells of {unit.group} to verify are not chosen yet. Screen every sample first.")
         return chosen
+
+
+def _hardware(pipe: Any) -> str:
+    """Name what a pipeline computes on; equal names promise equal bits."""
+    import torch
+
+    if pipe.device.type == "cuda":
+        return str(torch.cuda.get_device_name(pipe.device))
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _with_given_frames(record: Record, estimate: Any) -> Any:

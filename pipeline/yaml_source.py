@@ -8,7 +8,14 @@ from typing import Any
 
 import yaml
 
+from pipeline.wording import named, plain, shortened, shown
+
 Loc = tuple[str | int, ...]
+
+MOST_BYTES = 2 * 2**20
+MOST_VALUES = 100_000
+"""Largest config that is read: values are counted as written out, so that aliases of aliases cannot fill memory."""
+_MOST_DIGITS = 100
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -30,8 +37,19 @@ _StrictLoader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$"),
     list("-+0123456789."),
 )
-# PyYAML reads a leading zero as octal; in YAML 1.2 it means nothing.
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
+
+
+def _whole_number(loader: Any, node: Any) -> int:
+    if len(node.value) > _MOST_DIGITS:
+        # Python refuses to print such numbers, with a hint that is for programmers.
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(node.value)} digits; at most {_MOST_DIGITS} are read", node.start_mark
+        )
+    # PyYAML reads a leading zero as octal; in YAML 1.2 it means nothing.
+    return int(str(node.value))
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 _PLAIN_TAGS = frozenset(
     f"tag:yaml.org,2002:{t}" for t in ("map", "seq", "str", "int", "float", "bool", "null", "merge")
@@ -53,12 +71,14 @@ def read(text: str, name: str) -> tuple[dict[str, Any], dict[Loc, int]]:
     if data is None:
         raise SourceError(f"{name}:1: no settings in it; expected a mapping of settings at the top")
     if not isinstance(data, dict):
-        raise SourceError(f"{name}:1: expected a mapping of settings at the top, got {data!r}")
+        raise SourceError(f"{name}:1: expected a mapping of settings at the top, got {shown(data)}")
     return data, lines
 
 
 def _parse(text: str, name: str) -> tuple[Any, dict[Loc, int]]:
     lines: dict[Loc, int] = {}
+    if len(text) > MOST_BYTES:
+        raise SourceError(f"{name}: longer than {MOST_BYTES:,} characters; a config is shorter")
     try:
         loader = _StrictLoader(text)
         node = loader.get_single_node()
@@ -68,13 +88,14 @@ def _parse(text: str, name: str) -> tuple[Any, dict[Loc, int]]:
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise SourceError(f"{name}:{mark.line + 1 if mark else '?'}: not valid YAML: {error.problem}") from error
+        problem = shortened(plain(str(error.problem)))
+        raise SourceError(f"{name}:{mark.line + 1 if mark else '?'}: not valid YAML: {problem}") from error
     except RecursionError as error:
         raise SourceError(f"{name}: not valid YAML: nested too deeply, or an alias inside of what it names") from error
     except (yaml.YAMLError, ValueError, LookupError) as error:
         if isinstance(error, SourceError):
             raise
-        raise SourceError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise SourceError(f"{name}: not valid YAML: {shortened(plain(' '.join(str(error).split())))}") from error
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
@@ -85,8 +106,9 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
     SourceError : the file cannot be read, or see ``read``.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SourceError(f"cannot read config {path}: {reason}") from error
     return read(text, str(path))
@@ -113,8 +135,10 @@ def line_of(loc: Loc, lines: dict[Loc, int]) -> int | None:
 
 def _walk(node: yaml.Node, loc: Loc, lines: dict[Loc, int], name: str) -> None:
     if node.tag not in _PLAIN_TAGS:
-        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        tag = shortened(plain(node.tag.replace("tag:yaml.org,2002:", "!!")))
         raise SourceError(f"{name}:{node.start_mark.line + 1}: not valid YAML here: tag {tag}; give a plain value")
+    if len(lines) > MOST_VALUES:
+        raise SourceError(f"{name}: more than {MOST_VALUES:,} values, those of aliases included; a config has fewer")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
@@ -122,8 +146,7 @@ def _walk(node: yaml.Node, loc: Loc, lines: dict[Loc, int], name: str) -> None:
             here = (*loc, str(key.value))
             if here in lines:
                 raise SourceError(
-                    f"{name}:{key.start_mark.line + 1}: key {'.'.join(map(str, here))} is given twice "
-                    f"(first on line {lines[here]})"
+                    f"{name}:{key.start_mark.line + 1}: key {named(*here)} is given twice (first on line {lines[here]})"
                 )
             lines[here] = key.start_mark.line + 1
             _walk(value, here, lines, name)

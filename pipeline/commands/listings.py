@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from pipeline.commands.options import FAILED, OK, UsageError, app, print_lines
+from pipeline.commands.options import FAILED, OK, AllowPickledWeights, UsageError, app, print_lines
 
 
 @app.command
@@ -15,6 +15,7 @@ def check(
     *,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], Parameter(help="Precision.")] = "float32",
     device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where it runs.")] = "auto",
+    allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
     """Prove on a model's smallest run that sites, edits and replays do exactly what they say.
 
@@ -24,7 +25,7 @@ def check(
     """
     from pipeline.check import as_rows, check_model
 
-    checked = check_model(model, dtype=dtype, device=device)
+    checked = check_model(model, dtype=dtype, device=device, pickled_weights=allow_pickled_weights)
     print(f"{model}: {checked.pipeline}, family {checked.family.name}, {checked.solver}")
     print(f"{'guidance':>8}  {'control':<46} difference of limit")
     for guided, name, outcome in as_rows(checked):

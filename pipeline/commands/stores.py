@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,21 +12,32 @@ from pipeline.commands.options import FAILED, OK, StorePath, UsageError, app, wh
 
 
 @app.command
-def status(store: StorePath, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
-    """Show how much of a store is done, pending and failed.
+def status(
+    store: StorePath,
+    *,
+    address: Annotated[str | None, Parameter(help="Show a job of the Ray cluster whose dashboard is here.")] = None,
+    watch: Annotated[bool, Parameter(negative="", help="Show it live on a terminal until nothing is pending.")] = False,
+    every: Annotated[float, Parameter(help="Seconds between two looks of --watch.")] = 2.0,
+    as_json: Annotated[
+        bool, Parameter(name="--json", negative="", help="Print JSON; with --watch a line at every look.")
+    ] = False,
+) -> int:
+    """Show how much of a store is done, pending and failed, how fast it goes, and failures by cause; or a job's state.
 
-    Example: ``stepscope status runs/maze_demo.zarr``
+    Works while the sweep runs in another process, and after it has died.
+    Exit code 0: nothing has failed; 1: some units have.
+
+    Example: ``stepscope status runs/maze_demo.zarr --watch``
     """
-    from pipeline.status import summarise
+    from pipeline.commands.jobs import LOCAL, job_status, names_job
 
-    rows = summarise(store)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print(f"{'group':>20} {'units':>7} {'done':>7} {'pending':>8} {'failed':>7}")
-        for row in rows:
-            print(f"{row['group']:>20} {row['units']:>7} {row['done']:>7} {row['pending']:>8} {row['failed']:>7}")
-    return FAILED if any(row["failed"] for row in rows) else OK
+    if address is not None or names_job(str(store)):
+        return job_status(str(store), address or os.environ.get("RAY_API_SERVER_ADDRESS", LOCAL), as_json=as_json)
+    from pipeline.watch import show
+
+    if not 0.1 <= every <= 86400:
+        raise UsageError(f"out of range: --every {every}. Use 0.1 to 86400 seconds.")
+    return FAILED if show(store, live=watch, every=every, as_json=as_json).total("failed") else OK
 
 
 @app.command

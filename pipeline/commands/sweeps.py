@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from pipeline.commands.options import FAILED, INTERRUPTED, OK, Config, Set, app, say, whole_number
+from pipeline.commands.options import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    AllowMetric,
+    AllowPickledWeights,
+    Config,
+    Set,
+    UsageError,
+    allowed,
+    app,
+    say,
+    whole_number,
+)
+from pipeline.permissions import NOTHING, Permissions
 
 if TYPE_CHECKING:
+    from pipeline.observers import Observer
     from pipeline.plan import Plan
     from pipeline.store import Location
 
@@ -27,25 +44,30 @@ def run(
     replicas: Annotated[
         int | None, Parameter(converter=whole_number, help="Model replicas; 0 runs in this process without Ray.")
     ] = None,
+    metrics_port: Annotated[
+        int | None, Parameter(converter=whole_number, help="Serve Prometheus metrics at this port; 0 for a free one.")
+    ] = None,
+    metrics_host: Annotated[str, Parameter(help="Address that the metrics are served at.")] = "127.0.0.1",
+    allow_metric: AllowMetric = None,
+    allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
     """Run a sweep, or the rest of one: the same command resumes an interrupted store.
 
     Replicas are Ray actors on this machine, or on the cluster named by RAY_ADDRESS.
+    Ctrl-C, SIGTERM and `stepscope cancel` let the units in flight finish; once more stops at once.
     Exit code 0: every cell has a value; 1: some failed; 2: bad input; 130: interrupted.
 
     Example: ``stepscope run configs/maze_demo.yaml --store runs/demo.zarr --set sampler.steps=10``
     """
-    from pipeline.progress import SweepProgress
-    from pipeline.sweep import inline_executor, ray_executor, run_sweep
+    from pipeline.executors import inline_executor, ray_executor
+    from pipeline.sweep import run_sweep
 
-    plan, place = bind(config, set_ or [], store, replicas)
+    plan, place = bind(config, set_ or [], store, replicas, allowed(allow_metric, allow_pickled_weights))
     executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
-    with SweepProgress() as progress:
-        result = run_sweep(
-            plan, place, make_executor=executor, observe=progress.observe, on_start=progress.start, say=say
-        )
+    with watched(metrics_port, metrics_host) as (observe, on_start):
+        result = run_sweep(plan, place, make_executor=executor, observe=observe, on_start=on_start, say=say)
     if result.interrupted:
-        say(f"Interrupted: {result.done} units are safe in {place}, {result.pending} are left.")
+        say(f"Interrupted ({result.stopped}): {result.done} units are safe in {place}, {result.pending} are left.")
         say(f"Resume with: {_again()}")
         return INTERRUPTED
     if result.failed:
@@ -65,12 +87,14 @@ def plan(
     set_: Set = None,
     calibrate: Annotated[bool, Parameter(help="Time a few forwards of the model to estimate the duration.")] = True,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print the plan as JSON.")] = False,
+    allow_metric: AllowMetric = None,
+    allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
     """Say what a sweep would compute, store and take, without running it.
 
     Example: ``stepscope plan configs/maze_demo.yaml --set task.mazes=100``
     """
-    planned, place = bind(config, set_ or [], None, None)
+    planned, place = bind(config, set_ or [], None, None, allowed(allow_metric, allow_pickled_weights))
     cost = planned.cost()
     facts: dict[str, Any] = {
         "name": planned.config.name,
@@ -105,7 +129,14 @@ def plan(
     return OK
 
 
-def bind(config: Path, overrides: list[str], store: str | None, replicas: int | None) -> tuple[Plan, Location]:
+def bind(
+    config: Path,
+    overrides: list[str],
+    store: str | None,
+    replicas: int | None,
+    permissions: Permissions = NOTHING,
+) -> tuple[Plan, Location]:
+    """Return the plan of a config, and where its results go."""
     from pipeline.config import load_config
     from pipeline.plan import make_plan
     from pipeline.store import locate
@@ -114,7 +145,36 @@ def bind(config: Path, overrides: list[str], store: str | None, replicas: int | 
     if replicas is not None:
         overrides = [*overrides, f"run.replicas={replicas}"]
     loaded = load_config(config, overrides)
-    return make_plan(loaded, config, overrides), place or locate(Path("runs") / f"{loaded.name}.zarr")
+    planned = make_plan(loaded, config, overrides, permissions=permissions)
+    return planned, place or locate(Path("runs") / f"{loaded.name}.zarr")
+
+
+@contextmanager
+def watched(metrics_port: int | None, metrics_host: str) -> Iterator[tuple[Observer, Callable[[int, int, int], None]]]:
+    """Yield what a sweep tells its events and its size: a progress bar, and Prometheus metrics if there is a port."""
+    from pipeline.observers import fan_out
+    from pipeline.progress import SweepProgress
+
+    with ExitStack() as open_:
+        if metrics_port is None:
+            progress = open_.enter_context(SweepProgress())
+            yield fan_out(progress.observe), progress.start
+            return
+        from pipeline.telemetry import MetricsServer, Telemetry, TelemetryError
+
+        telemetry = Telemetry()
+        try:
+            server = open_.enter_context(MetricsServer(telemetry, metrics_port, metrics_host))
+        except TelemetryError as error:
+            raise UsageError(str(error)) from error
+        say(f"Metrics are served at {server.url}")
+        progress = open_.enter_context(SweepProgress())
+
+        def start(todo: int, total: int, cells: int) -> None:
+            progress.start(todo, total, cells)
+            telemetry.start(todo, total, cells)
+
+        yield fan_out(progress.observe, telemetry.observe), start
 
 
 def _again() -> str:

@@ -39,12 +39,14 @@ class Metric:
 
     Attributes
     ----------
-    name : name in configs and of the store's variable. long_name : label of axes and colour bars.
+    name : of the store's variable; in configs too, but for a function of the user's own. long_name : label of axes and
+        colour bars.
     description : the definition in one or two sentences, kept in the store's attributes.
     tasks : names of the tasks it is defined for; empty for any task.
     compute : one value a row; a registered metric is NaN for rows that hold a non-finite number.
     reads_video : whether it reads ``video``; a sweep decodes only if one of its metrics does.
     floor : value for a video that does nothing (a static first frame), None where that has no meaning.
+    source : sha256 of the source of a function of the user's own, empty for the metrics of this package.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Metric:
     compute: Compute
     reads_video: bool = True
     floor: Callable[[Sample], float] | None = None
+    source: str = ""
 
     def defined_for(self, task: str) -> bool:
         """Whether the metric can be computed on samples of a task."""
@@ -61,6 +64,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {}
+"""Every metric that a config can name, by the name it uses."""
 
 
 def register_metric(metric: Metric) -> Metric:
@@ -72,9 +76,13 @@ def register_metric(metric: Metric) -> Metric:
     """
     if metric.name in METRICS:
         raise ValueError(f"metric {metric.name!r} is registered twice. Give one of the two another name.")
-    guarded = replace(metric, compute=_finite_rows_only(metric.name, metric.compute))
-    METRICS[metric.name] = guarded
-    return guarded
+    METRICS[metric.name] = guarded(metric)
+    return METRICS[metric.name]
+
+
+def guarded(metric: Metric) -> Metric:
+    """Return a metric that is NaN for rows that hold a non-finite number, and computed for the others alone."""
+    return replace(metric, compute=_finite_rows_only(metric.name, metric.compute))
 
 
 def no_video(rows: int) -> NDArray[np.float32]:
@@ -85,7 +93,7 @@ def no_video(rows: int) -> NDArray[np.float32]:
 def _finite_rows_only(name: str, compute: Compute) -> Compute:
     # A NaN pixel has a nearest palette colour and a NaN video a last frame: without the guard, a run that
     # overflowed would be stored as a plain failure to solve.
-    def guarded(given: MetricInput) -> NDArray[np.float64]:
+    def compute_finite(given: MetricInput) -> NDArray[np.float64]:
         rows = len(given.video)
         finite = _finite(given.video) & _finite(given.latents)
         values = np.full(rows, np.nan)
@@ -99,7 +107,7 @@ def _finite_rows_only(name: str, compute: Compute) -> Compute:
             values[finite] = computed
         return values
 
-    return guarded
+    return compute_finite
 
 
 def _finite(values: NDArray[np.float32]) -> NDArray[np.bool_]:

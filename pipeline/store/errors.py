@@ -20,9 +20,13 @@ class StoreError(ValueError):
 class StorageFullError(StoreError):
     """Nothing more fits where the store lies; what was finished before is safe."""
 
+    halts_pool = True
+
 
 class StorageReadOnlyError(StoreError):
     """The place of the store may not be written; what was finished before is safe."""
+
+    halts_pool = True
 
 
 class CorruptedError(StoreError):

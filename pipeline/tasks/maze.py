@@ -22,6 +22,8 @@ PROMPTS = ("red", "blue", "any")
 MAX_PROMPT_TOKENS = 4
 PIXEL_FRAMES = 4 * (world.FRAMES - 1) + 1
 LATENTS_PER_CELL = 2
+MOST = 10**9
+"""Of mazes, of seeds, and number of the first maze: what the store can hold of them."""
 
 
 @register_task("maze")
@@ -35,10 +37,10 @@ class MazeTask(Task):
     summary: ClassVar[str] = "5x5 mazes, two goals; prompts red, blue (determined) and any (ambiguous)"
 
     name: Literal["maze"] = "maze"
-    mazes: Annotated[int, Field(ge=1)] = 8
+    mazes: Annotated[int, Field(ge=1, le=MOST)] = 8
     pairs: Annotated[tuple[str, ...], Field(min_length=1)] = ("red/blue",)
-    seeds: Annotated[int, Field(ge=1)] = 1
-    first_maze: Annotated[int, Field(ge=0)] = 0
+    seeds: Annotated[int, Field(ge=1, le=MOST)] = 1
+    first_maze: Annotated[int, Field(ge=0, le=MOST)] = 0
     balanced: Literal["yes", "no", "either"] = "either"
 
     @field_validator("pairs")
@@ -54,6 +56,10 @@ class MazeTask(Task):
                     f"{', '.join(PROMPTS)}; for example red/blue or red/any"
                 )
         return pairs
+
+    def count(self) -> int:
+        """Return mazes x pairs x seeds."""
+        return self.mazes * self.seeds * len(self.pairs)
 
     def samples(self) -> list[Sample]:
         """Return mazes x pairs x seeds, pairs of one maze next to each other."""

@@ -73,10 +73,10 @@ class PromptsTask(Task):
 
     name: Literal["prompts"] = "prompts"
     pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
-    seeds: Annotated[int, Field(ge=1)] = 1
-    frames: Annotated[int, Field(ge=1)] = 81
-    height: Annotated[int, Field(ge=1)] = 480
-    width: Annotated[int, Field(ge=1)] = 832
+    seeds: Annotated[int, Field(ge=1, le=10**9)] = 1
+    frames: Annotated[int, Field(ge=1, le=10_000)] = 81
+    height: Annotated[int, Field(ge=1, le=16_384)] = 480
+    width: Annotated[int, Field(ge=1, le=16_384)] = 832
     negative: str | None = None
     image: ImageFile | None = None
     decode: bool = True
@@ -154,6 +154,10 @@ class PromptsTask(Task):
                 text = f"{name} must be {rule} to fill whole tokens of this {model.pipeline_config['_class_name']}"
                 found.append((("task", name), f"{text}, got {value}; the nearest is {nearest}"))
         return found
+
+    def count(self) -> int:
+        """Return pairs x seeds."""
+        return len(self.pairs) * self.seeds
 
     def samples(self) -> list[Sample]:
         """Return pairs x seeds, seeds of one pair next to each other."""

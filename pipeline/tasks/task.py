@@ -55,6 +55,10 @@ class Task(BaseModel):
         """Return why the task cannot run on a model: places in the config, and what is wrong there."""
         return []
 
+    def count(self) -> int:
+        """Return the number of samples, without making them."""
+        return len(self.samples())
+
     def samples(self) -> list[Sample]:
         """Return every sample of the sweep, in the order of the store's ``sample`` dimension."""
         raise NotImplementedError

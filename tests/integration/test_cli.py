@@ -18,7 +18,8 @@ from pipeline.store import Journal, Lease, open_store
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "run", "plan", "check", "status", "effects", "report", "verify", "export", "models", "tasks", "interventions"
+    "run", "plan", "submit", "logs", "cancel", "check", "status", "effects", "report", "verify", "export",
+    "models", "tasks", "interventions",
 )  # fmt: skip
 
 TINY = """\
@@ -104,9 +105,32 @@ class TestHelp:
 
     def test_options_of_run_are_these(self, capsys):
         main(["run", "--help"])
-        assert set(re.findall(r"--[a-z]+", capsys.readouterr().out.split("Parameters")[1])) == {
-            "--config", "--store", "--set", "--replicas"
+        assert set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out.split("Parameters")[1])) == {
+            "--config", "--store", "--set", "--replicas", "--metrics-port", "--metrics-host"
         }  # fmt: skip
+
+    def test_options_of_status_are_these(self, capsys):
+        main(["status", "--help"])
+        assert set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out.split("Parameters")[1])) == {
+            "--store", "--watch", "--every", "--json"
+        }  # fmt: skip
+
+    def test_options_of_submit_are_these(self, capsys):
+        main(["submit", "--help"])
+        assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", capsys.readouterr().out.split("Parameters")[1])) == {
+            "--config", "--address", "--store", "--set", "--replicas", "--working-dir", "--env", "--wait", "--follow"
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("command", "options"),
+        [
+            ("logs", {"--job", "--address", "--set", "--follow"}),
+            ("cancel", {"--target", "--address", "--set"}),
+        ],
+    )
+    def test_options_for_jobs_are_these(self, capsys, command, options):
+        main([command, "--help"])
+        assert set(re.findall(r"--[a-z]+", capsys.readouterr().out.split("Parameters")[1])) == options
 
 
 class TestCommandLine:
@@ -444,17 +468,21 @@ class TestPlan:
 class TestRun:
     def test_finished_store_is_done(self, finished, capsys):
         assert main(["status", str(finished / "run.zarr"), "--json"]) == OK
-        rows = json.loads(capsys.readouterr().out)
-        assert rows == [
-            {"group": "baseline", "units": 1, "done": 1, "pending": 0, "failed": 0},
-            {"group": "map", "units": 1, "done": 1, "pending": 0, "failed": 0},
+        told = json.loads(capsys.readouterr().out)
+        counts = {"units": 1, "done": 1, "pending": 0, "failed": 0}
+        assert told["groups"] == [
+            {"group": "baseline", **counts, "cells": 2, "cells_done": 2, "cells_pending": 0},
+            {"group": "map", **counts, "cells": 3, "cells_done": 3, "cells_pending": 0},
         ]
+        assert told["state"] == "finished"
 
     def test_status_is_a_table(self, finished, capsys):
         assert main(["status", str(finished / "run.zarr")]) == OK
         header, *rows = capsys.readouterr().out.splitlines()
         assert header.split() == ["group", "units", "done", "pending", "failed"]
-        assert [row.split() for row in rows] == [["baseline", "1", "1", "0", "0"], ["map", "1", "1", "0", "0"]]
+        assert [row.split() for row in rows[:2]] == [["baseline", "1", "1", "0", "0"], ["map", "1", "1", "0", "0"]]
+        assert re.fullmatch(r".*/run\.zarr: finished; last heard of .* ago", rows[3])
+        assert [row.split()[0] for row in rows[4:]] == ["speed", "work", "replicas"]
 
     def test_same_command_again_computes_nothing(self, finished, capsys):
         before = len(list(Journal(finished / "run.zarr").entries()))
@@ -473,7 +501,9 @@ class TestRun:
         copy = Path(shutil.copytree(finished / "run.zarr", tmp_path / "copy.zarr"))
         Journal(copy).append(unit=1, group="map", index=0, error="boom")
         assert main(["status", str(copy)]) == FAILED
-        assert capsys.readouterr().out.splitlines()[-1].split() == ["map", "1", "0", "0", "1"]
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2].split() == ["map", "1", "0", "0", "1"]
+        assert lines[-3:] == ["failures by cause:", "  1 unit: boom", "      map 0"]
 
     @pytest.mark.parametrize(
         ("result", "code", "words"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,13 +17,28 @@ import pytest
 import torch
 import zarr
 
+import pipeline.ledger
 import pipeline.replica
+import pipeline.stopping
+import pipeline.store
 from cluster.events import UnitDone
 from pipeline.cli import main
 from pipeline.config import load_config
+from pipeline.executors import ray_executor
 from pipeline.plan import make_plan
-from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, StoreError, open_store, verify
-from pipeline.sweep import ray_executor, run_sweep
+from pipeline.store import (
+    DONE,
+    FAILED,
+    PENDING,
+    Journal,
+    Lease,
+    LeaseLostError,
+    StoreError,
+    open_store,
+    request_stop,
+    verify,
+)
+from pipeline.sweep import run_sweep
 from tests.reference.recompute import TOLERANCE, worst_differences
 from tests.sweep_fixture import arrays, assert_same_arrays, save_tiny_model, tiny_config, write_config
 
@@ -184,6 +200,90 @@ def test_interruption_leaves_a_resumable_store_and_says_how(sig, config, undistu
     assert "Traceback" not in text
     held = sum(int((open_store(store).status(g) == DONE).sum()) for g in open_store(store).groups())
     assert held >= 2
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+@pytest.mark.ray
+def test_sigterm_lets_units_in_flight_finish(config, undisturbed, tmp_path):
+    """What the replicas had begun is in the store; nothing is charged to a unit, and the rest is as it was."""
+    store = tmp_path / "run.zarr"
+    process = start(config, store, "--replicas", "2")
+    kill_when(process, store, 3, signal.SIGTERM)
+    assert process.stderr is not None
+    text = process.stderr.read().decode()
+    assert process.returncode == 130, text
+    assert "units in flight may finish within 120 s" in text
+    assert "Interrupted (SIGTERM)" in text
+    assert not [entry for entry in Journal(store).entries() if entry.get("retried") or entry.get("error")]
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+def test_a_request_in_the_store_stops_the_sweep(config, undisturbed, tmp_path, capsys, monkeypatch):
+    store = tmp_path / "run.zarr"
+    monkeypatch.setattr(pipeline.stopping, "ASK_SECONDS", 0.0)
+    run = pipeline.replica.Replica.run
+
+    def requesting(self, unit):
+        if unit.id == 3:
+            request_stop(store, "cancelled by ada")
+        return run(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.replica.Replica, "run", requesting)
+        assert main(["run", str(config), "--store", str(store)]) == 130
+    assert "Interrupted (cancelled by ada): 4 units are safe" in capsys.readouterr().err
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("code", "word"), [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable")], ids=["full", "read_only"]
+)
+def test_storage_that_takes_no_more_stops_the_sweep_and_parks_no_unit(
+    code, word, config, undisturbed, tmp_path, monkeypatch, capsys
+):
+    store = tmp_path / "run.zarr"
+    write = pipeline.store.Store.write_cells
+
+    def refused(self, group, values, sample, start, stop):
+        if sample == 1 and group == "skip":
+            with self._writing(f"{group}[{sample}]"):
+                raise OSError(code, os.strerror(code))
+        return write(self, group, values, sample, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.store.Store, "write_cells", refused)
+        assert main(["run", str(config), "--store", str(store)]) == 2
+    text = capsys.readouterr().err
+    assert os.strerror(code) in text
+    assert word in text
+    assert "Traceback" not in text
+    status = {group: open_store(store).status(group) for group in open_store(store).groups()}
+    assert not any((values == FAILED).any() for values in status.values())
+    assert sum((values == DONE).sum() for values in status.values()) >= 3
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+def test_a_driver_that_was_taken_over_from_stops_and_harms_nothing(config, undisturbed, tmp_path, monkeypatch):
+    """It was silent for long, say suspended; when it comes back another one drives the store."""
+    store = tmp_path / "run.zarr"
+    monkeypatch.setattr(pipeline.ledger, "FLUSH_SECONDS", 0.0)
+    run, others = pipeline.replica.Replica.run, []
+
+    def taken_over(self, unit):
+        if unit.id == 4 and not others:
+            others.append(Lease(store, beats=False, lives=lambda holder: False))
+            others[0].acquire()
+        return run(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.replica.Replica, "run", taken_over)
+        with pytest.raises(LeaseLostError, match="was taken over by process"):
+            run_sweep(plan_of(config), store)
+    others[0].release()
     assert main(["run", str(config), "--store", str(store)]) == 0
     assert_same_arrays(store, undisturbed)
 
