@@ -293,9 +293,7 @@ class FakeBackend:
             return
         assert process.node is not None
         number = 1 + sum(run.unit == unit for run in self.runs)
-        self.runs.append(
-            Run(unit=unit, number=number, replica=process.replica, node=process.node.name, began=self.now)
-        )
+        self.runs.append(Run(unit=unit, number=number, replica=process.replica, node=process.node.name, began=self.now))
         fate = process.node.fate or self._fates.get((unit, number), "done")
         parts = FATE.fullmatch(fate)
         assert parts is not None, fate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from cluster import PoolDraining, UnitRetried, UnitStarted
@@ -96,7 +98,7 @@ def test_the_reason_is_asked_for_about_once_a_second() -> None:
 
     pool.run(work(4 * 50), stop=stop)
     assert pool.finished is True
-    assert all(later - earlier > 0.99 for earlier, later in zip(asked, asked[1:], strict=False))
+    assert all(later - earlier > 0.99 for earlier, later in itertools.pairwise(asked))
     assert len(asked) >= pool.backend.now / 2
 
 
