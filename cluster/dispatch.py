@@ -119,8 +119,7 @@ class Dispatcher:
         if self._draining or not self._backlog or len(window) >= self._options.in_flight:
             return None
         # The last units must not wait behind a busy replica while another one falls idle.
-        scarce = len(self._backlog) <= max(self._options.replicas, 1)
-        if window and (scarce or window[0].alone or window[0].void):
+        if window and (window[0].alone or len(self._backlog) <= max(self._options.replicas, 1)):
             return None
         waiting = self._backlog.pop(
             self._localities.get(replica, _NOWHERE), self._served, lambda each: self._accepts(replica, each)

@@ -185,7 +185,9 @@ class RayBackend:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
         answers: list[Answer] = []
         deaths: dict[int, Died] = {}
-        for ref in ready:
+        answered = set(ready)
+        # In the order in which they were asked, which Ray does not keep.
+        for ref in [ref for ref in refs if ref in answered]:
             for answer in self._receive(ref, self._calls.pop(ref)):
                 if isinstance(answer, Died):
                     deaths.setdefault(answer.replica, answer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import sys
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from cluster import (
     Event,
     Executor,
+    PoolDraining,
     PoolError,
     PoolOptions,
     ReplicaLost,
@@ -30,74 +33,18 @@ from cluster import (
 
 ray = pytest.importorskip("ray")
 
-from cluster.pool import RayPool, require_capacity  # noqa: E402
+from cluster import ray_pool  # noqa: E402
+from cluster.backend import Built, Died, Finished, Leaving, Placed  # noqa: E402
+from cluster.ray_pool import RayBackend, RayPool, places_on  # noqa: E402
+from tests.faulty_worker import FaultyFactory, wait_for  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-# Replicas cannot import this module by the name that pytest gives it.
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-
-class UnpicklableError(Exception):
-    """Cannot be rebuilt from its arguments, as many library exceptions cannot."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(f"{reason} ({code})")
-
-
-@dataclass
-class FaultyWorker:
-    """Fails in the attempts that a table names by unit and attempt; attempts are counted in files, across processes."""
-
-    folder: Path
-    faults: dict[tuple[int, int], str]
-
-    def run(self, payload: int) -> dict[str, int]:
-        match self.faults.get((payload, count(self.folder / f"unit-{payload}"))):
-            case "raise":
-                raise ValueError(f"unit {payload} is broken")
-            case "raise unpicklable":
-                raise UnpicklableError(7, "no space")
-            case "return unpicklable":
-                return {"lock": sys.stdout}  # type: ignore[dict-item]
-            case "die":
-                # Dies as the known runner, not while the driver still waits for the unit before.
-                wait_for(self.folder / f"started-{payload}")
-                os._exit(1)
-            case "die at once":
-                os._exit(1)
-        return {"payload": payload, "process": os.getpid()}
-
-
-@dataclass
-class FaultyFactory:
-    """Builds the worker, or fails in the starts that a table names."""
-
-    folder: Path
-    faults: dict[tuple[int, int], str]
-    start_faults: dict[int, str]
-
-    def __call__(self) -> FaultyWorker:
-        match self.start_faults.get(count(self.folder / "starts")):
-            case "raise":
-                raise OSError("no weights")
-            case "die":
-                os._exit(1)
-        return FaultyWorker(self.folder, self.faults)
-
-
-def count(path: Path) -> int:
-    """Add one to the number that a file keeps as its length, and return it."""
-    with path.open("ab") as file:
-        file.write(b".")
-        return file.tell()
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.01)
+@pytest.fixture(autouse=True)
+def light_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep torch out of the replicas: nnsight, once loaded, adds ``save`` to all classes, and Ray sends it along."""
+    monkeypatch.setattr(ray_pool._Replica, "save", None, raising=False)
 
 
 @dataclass
@@ -108,21 +55,38 @@ class Bench:
     events: list[Event]
     folder: Path
 
-    def run(self, units: int) -> None:
-        self.pool.run((WorkUnit(index, index // 4, index) for index in range(units)), self.observe)
+    def run(
+        self,
+        units: int,
+        *,
+        stop: Callable[[], str | None] = lambda: None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> bool:
+        def observe(event: Event) -> None:
+            self.events.append(event)
+            if isinstance(event, UnitStarted):
+                (self.folder / f"started-{event.unit}").touch()
+            on_event(event)
 
-    def observe(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, UnitStarted):
-            (self.folder / f"started-{event.unit}").touch()
+        return self.pool.run((WorkUnit(index, index // 4, index) for index in range(units)), observe, stop)
 
     def start_all(self, replicas: int) -> None:
         """Run throw-away units until every replica is up, as a run of short units may end before the last one is."""
         deadline = time.monotonic() + 60
-        started: list[Event] = []
-        while len({event for event in started if isinstance(event, ReplicaStarted)}) < replicas:
-            assert time.monotonic() < deadline
-            self.pool.run([WorkUnit(1000, 0, 1000)], started.append)
+        started: set[int] = set()
+
+        def watch(event: Event) -> None:
+            if isinstance(event, ReplicaStarted):
+                started.add(event.replica)
+
+        def source() -> Iterator[WorkUnit]:
+            for index in itertools.count(1000):
+                if len(started) == replicas:
+                    return
+                assert time.monotonic() < deadline
+                yield WorkUnit(index, 0, 1000)
+
+        self.pool.run(source(), watch)
 
     def of(self, kind: type) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -145,7 +109,8 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         folder = tmp_path / f"pool-{len(pools)}"
         folder.mkdir()
         factory = FaultyFactory(folder, faults or {}, start_faults or {})
-        pools.append(RayPool(factory, PoolOptions(**options)))
+        quick = {"backoff_s": 0.05, "capacity_wait_s": 0.5, **options}
+        pools.append(RayPool(factory, PoolOptions(**quick)))
         return Bench(pools[-1], [], folder)
 
     yield make
@@ -153,8 +118,9 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         pool.close()
 
 
-def test_two_replicas_share_the_units_and_survive_between_runs(bench: Callable[..., Bench]) -> None:
-    pair = bench(replicas=2)
+def test_replicas_share_the_units_and_survive_between_runs(bench: Callable[..., Bench]) -> None:
+    """Five are asked for, and there is room for two."""
+    pair = bench(replicas=5)
     pair.start_all(2)
     pair.run(12)
     pair.run(12)
@@ -168,15 +134,16 @@ def test_two_replicas_share_the_units_and_survive_between_runs(bench: Callable[.
 
 
 def test_unit_that_kills_its_replica_runs_again_and_no_other_is_charged(bench: Callable[..., Bench]) -> None:
-    single = bench({(3, 1): "die"}, replicas=1)
+    single = bench({(3, 1): "die"}, replicas=1, in_flight=1)
     single.run(8)
     assert single.done == list(range(8))
     assert [(event.unit, event.attempt) for event in single.of(UnitRetried)] == [(3, 1)]
     assert {event.unit: event.attempt for event in single.of(UnitDone) if event.attempt > 1} == {3: 2}
-    assert single.of(ReplicaStarted) == [ReplicaStarted(replica=0)] * 2
+    assert single.of(ReplicaStarted) == [ReplicaStarted(replica=0, hardware="a box")] * 2
     (lost,) = single.of(ReplicaLost)
     assert lost.replica == 0
     assert lost.error.startswith("Actor")
+    assert lost.again_in_s == 0.05
     assert {event.receipt["process"] for event in single.of(UnitDone) if event.unit < 3}.isdisjoint(
         event.receipt["process"] for event in single.of(UnitDone) if event.unit >= 3
     )
@@ -190,7 +157,7 @@ def test_poison_units_fail_and_the_others_are_done(bench: Callable[..., Bench]) 
     raised, died = sorted(pair.of(UnitFailed), key=lambda event: event.unit)
     assert raised.attempts == died.attempts == 2
     assert (raised.unit, raised.error) == (1, "ValueError: unit 1 is broken")
-    assert (died.unit, died.error.split(":")[0]) == (5, "ActorUnavailableError")
+    assert (died.unit, died.error.split(":")[0]) == (5, "ActorDiedError")
     assert pair.done == [unit for unit in range(12) if unit not in (1, 5)]
     assert max(Counter((event.unit, event.attempt) for event in pair.of(UnitStarted)).values()) == 1
 
@@ -210,13 +177,16 @@ def test_factory_that_raises_ends_the_run_with_its_text(bench: Callable[..., Ben
     broken = bench(start_faults=dict.fromkeys(range(1, 10), "raise"), max_attempts=2)
     with pytest.raises(ReplicaStartError, match=r"Replica 0 cannot start \(tried 2 times\): OSError: no weights\."):
         broken.run(2)
-    assert broken.events == [ReplicaLost(replica=0, error="OSError: no weights")] * 2
+    assert broken.events == [
+        ReplicaLost(replica=0, error="OSError: no weights", again_in_s=0.05),
+        ReplicaLost(replica=0, error="OSError: no weights", again_in_s=None),
+    ]
     assert (broken.folder / "starts").stat().st_size == 2
 
 
 def test_factory_that_kills_its_process_ends_the_run(bench: Callable[..., Bench]) -> None:
     broken = bench(start_faults=dict.fromkeys(range(1, 10), "die"), max_restarts=1)
-    with pytest.raises(ReplicaStartError, match="Replica 0 cannot start: ActorDiedError"):
+    with pytest.raises(ReplicaStartError, match=r"Replica 0 cannot start \(tried 2 times\): ActorDiedError"):
         broken.run(2)
     assert (broken.folder / "starts").stat().st_size == 2
 
@@ -231,23 +201,84 @@ def test_replica_that_cannot_come_back_leaves_the_rest_to_the_others(bench: Call
 
 def test_run_ends_when_no_replica_is_left(bench: Callable[..., Bench]) -> None:
     single = bench({(2, 1): "die"}, max_restarts=0)
-    with pytest.raises(PoolError, match=r"No replica is left: all 1 died, the last with Actor.*max_restarts \(0\)"):
+    with pytest.raises(
+        PoolError, match=r"No replica is left: all 1 were lost, the last with Actor.*max_restarts \(0\)"
+    ):
         single.run(8)
     assert single.done == [0, 1]
     single.run(8)
     assert single.done == sorted([0, 1, *range(8)])
 
 
-def test_replica_that_finds_no_room_in_time_is_an_error(bench: Callable[..., Bench]) -> None:
-    holder, waiter = bench(replicas=2), bench(start_timeout_s=0.5)
-    holder.start_all(2)
-    with pytest.raises(ReplicaStartError, match=r"no answer within start_timeout_s \(0\.5 s\), asked for 1 replica"):
-        waiter.run(1)
-
-
-def test_gpu_that_the_cluster_lacks_is_an_error_at_once(bench: Callable[..., Bench]) -> None:
-    with pytest.raises(PoolError, match=r"asked for 1 replica\(s\) of 1 CPU and 1 GPU, the cluster has 2 CPU, 0 GPU"):
+def test_gpu_that_the_cluster_lacks_is_an_error_with_the_numbers(bench: Callable[..., Bench]) -> None:
+    with pytest.raises(PoolError) as caught:
         bench(gpus_per_replica=1).run(1)
+    assert str(caught.value).startswith(
+        "The cluster cannot hold the pool: a replica asks for 1 CPU and 1 GPU on one node, "
+        "the cluster has 2 CPU, 0 GPU on 1 node(s), after "
+    )
+
+
+def test_replica_waits_for_the_place_of_another_pool(bench: Callable[..., Bench]) -> None:
+    holder, waiter = bench(replicas=2), bench(replicas=1)
+    holder.start_all(2)
+
+    def give_way() -> None:
+        holder.pool.close()
+
+    waiter.run(2, stop=give_way)
+    assert waiter.done == [0, 1]
+
+
+def test_hung_unit_is_done_by_another_replica(bench: Callable[..., Bench]) -> None:
+    pair = bench({(3, 1): "hang"}, replicas=2, in_flight=1, lease_s=4, straggler_factor=0)
+    pair.run(8)
+    assert pair.done == list(range(8))
+    assert [(event.unit, event.attempt) for event in pair.of(UnitRetried)] == [(3, 1)]
+    (lost,) = pair.of(ReplicaLost)
+    assert lost.error == "the unit ran longer than its lease of 4 s; the replica counts as hung"
+
+
+def test_straggler_is_copied_and_counted_once(bench: Callable[..., Bench]) -> None:
+    pair = bench({(11, 1): "hang"}, replicas=2, in_flight=1, straggler_factor=3)
+    pair.start_all(2)
+    pair.run(12)
+    assert sorted(event.unit for event in pair.of(UnitDone)) == list(range(12))
+    assert [event.unit for event in pair.of(UnitStarted) if event.copy] == [11]
+    assert not pair.of(UnitRetried)
+
+
+def test_death_of_an_idle_replica_is_noticed(bench: Callable[..., Bench]) -> None:
+    """Unit 0 runs until the loss of the other replica, which is killed after it has done unit 1, is heard of."""
+    pair = bench({(0, 1): "wait"}, replicas=2, straggler_factor=0)
+
+    def watch(event: Event) -> None:
+        if isinstance(event, UnitDone) and event.unit == 1:
+            os.kill(event.receipt["process"], signal.SIGKILL)
+        elif isinstance(event, ReplicaLost):
+            (pair.folder / "go").touch()
+
+    pair.run(2, on_event=watch)
+    assert pair.done == [0, 1]
+    assert not pair.of(UnitRetried)
+    assert [event.replica for event in pair.of(ReplicaLost)] == [
+        event.replica for event in pair.of(UnitDone) if event.unit == 1
+    ]
+
+
+def test_stopped_run_finishes_what_runs_and_leaves_the_rest(bench: Callable[..., Bench]) -> None:
+    single = bench({(2, 1): "wait"}, in_flight=1, drain_s=60)
+
+    def stop() -> str | None:
+        if not any(event.unit == 2 for event in single.of(UnitStarted)):
+            return None
+        (single.folder / "go").touch()
+        return "told to"
+
+    assert single.run(20, stop=stop) is False
+    assert single.done == [0, 1, 2]
+    assert [event.units for event in single.of(PoolDraining)] == [1]
+    assert not single.of(UnitRetried)
 
 
 def test_units_are_pulled_only_a_few_ahead(bench: Callable[..., Bench]) -> None:
@@ -261,7 +292,7 @@ def test_units_are_pulled_only_a_few_ahead(bench: Callable[..., Bench]) -> None:
 
     def watch(event: Event) -> None:
         progress["done"] += isinstance(event, UnitDone)
-        assert progress["pulled"] - progress["done"] <= (4 + 1) * 2
+        assert progress["pulled"] - progress["done"] <= 2 + max(4 * 2, 5 + 1)
 
     single.pool.run(source(), watch)
     assert progress == {"pulled": 60, "done": 60}
@@ -279,7 +310,7 @@ def test_interrupt_kills_the_actors_and_the_pool_runs_again(bench: Callable[...,
     assert len(list(single.folder.glob("unit-*"))) < 50
     single.run(3)
     assert single.done == [0, 1, 2]
-    assert single.of(ReplicaStarted) == [ReplicaStarted(replica=0)]
+    assert single.of(ReplicaStarted) == [ReplicaStarted(replica=0, hardware="a box")]
 
 
 def test_pool_satisfies_the_executor_protocol_and_closes_twice(bench: Callable[..., Bench]) -> None:
@@ -289,33 +320,117 @@ def test_pool_satisfies_the_executor_protocol_and_closes_twice(bench: Callable[.
     executor.close()
 
 
-def test_pool_without_replicas_is_refused() -> None:
-    with pytest.raises(ValueError, match="A Ray pool needs replicas: 0 were asked for"):
-        RayPool(lambda: None, PoolOptions(replicas=0))  # type: ignore[arg-type, return-value]
+class TestBackend:
+    """What a backend promises, asked of Ray."""
+
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> Iterator[Callable[..., RayBackend]]:
+        made: list[RayBackend] = []
+
+        def make(faults: dict[tuple[int, int], str] | None = None, notices: Sequence[str] = ()) -> RayBackend:
+            made.append(RayBackend(FaultyFactory(tmp_path, faults or {}, {}), PoolOptions(), notices))
+            made[-1].open()
+            return made[-1]
+
+        yield make
+        for each in made:
+            each.close()
+
+    def test_replica_is_placed_then_built_then_answers_in_the_order_sent(
+        self, backend: Callable[..., RayBackend]
+    ) -> None:
+        ray_backend = backend()
+        ray_backend.spawn(0)
+        assert listen(ray_backend, 2) == [Placed(replica=0), Built(replica=0, hardware="a box")]
+        for ticket in range(20):
+            ray_backend.send(0, ticket, ticket)
+        receipts = [answer.outcome.receipt for answer in listen(ray_backend, 20)]
+        assert [receipt["payload"] for receipt in sorted(receipts, key=itemgetter("turn"))] == list(range(20))
+
+    def test_no_answer_follows_a_kill(self, backend: Callable[..., RayBackend], tmp_path: Path) -> None:
+        ray_backend = backend({(0, 1): "wait"})
+        ray_backend.spawn(0)
+        listen(ray_backend, 2)
+        ray_backend.send(0, 1, 0)
+        assert ray_backend.wait(0.1) == []
+        ray_backend.kill(0)
+        ray_backend.spawn(0)
+        assert [type(answer) for answer in listen(ray_backend, 2)] == [Placed, Built]
+        assert ray_backend.wait(0.1) == []
+
+    def test_death_takes_all_calls_along_and_is_told_once(self, backend: Callable[..., RayBackend]) -> None:
+        ray_backend = backend({(1, 1): "die at once"})
+        ray_backend.spawn(0)
+        listen(ray_backend, 2)
+        for ticket in range(4):
+            ray_backend.send(0, ticket, ticket)
+            # On their own, as the receipt of a unit is lost when one of the same call kills.
+            ray_backend._paces.clear()
+            ray_backend._send_off()
+        *before, died = listen(ray_backend, 1, until=Died)
+        assert died.error.startswith("ActorDiedError")
+        # The receipt of the unit before may be lost with the process.
+        assert {(type(answer), answer.ticket) for answer in before} <= {(Finished, 0)}
+        ray_backend.kill(0)
+        assert ray_backend.wait(0.1) == []
+
+    def test_notice_refuses_what_has_not_begun(self, backend: Callable[..., RayBackend], tmp_path: Path) -> None:
+        ray_backend = backend({(0, 1): "wait"}, notices=[f"file:{tmp_path / 'leave'}"])
+        ray_backend.spawn(0)
+        listen(ray_backend, 2)
+        for ticket in range(2):
+            ray_backend.send(0, ticket, ticket)
+            ray_backend._send_off()
+        wait_for(tmp_path / "unit-0")
+        (tmp_path / "leave").touch()
+        assert listen(ray_backend, 1) == [Leaving(replica=0, reason=f"{tmp_path / 'leave'} is there")]
+        (tmp_path / "go").touch()
+        finished, refused, *again = listen(ray_backend, 2)
+        assert (finished.ticket, finished.outcome.refused) == (0, False)
+        assert (refused.ticket, refused.outcome.refused) == (1, True)
+        assert all(isinstance(answer, Leaving) for answer in again)
+        assert not (tmp_path / "unit-1").exists()
+
+    def test_shunned_node_holds_nothing_more(self, backend: Callable[..., RayBackend]) -> None:
+        ray_backend = backend()
+        assert ray_backend.capacity()[0] == 1
+        ray_backend.spawn(0)
+        listen(ray_backend, 2)
+        ray_backend.kill(0, shun_node=True)
+        assert ray_backend.capacity()[0] == 0
+        ray_backend.spawn(0)
+        assert ray_backend.wait(1.0) == []
+
+    def test_waiting_for_nothing_takes_its_time(self, backend: Callable[..., RayBackend]) -> None:
+        began = time.monotonic()
+        assert backend().wait(0.05) == []
+        assert time.monotonic() - began >= 0.05
+
+
+def listen(backend: RayBackend, answers: int, until: type = object) -> list[Any]:
+    """Return at least so many answers of a kind, and all others that came with them or before."""
+    deadline, heard = time.monotonic() + 60, []
+    while sum(isinstance(answer, until) for answer in heard) < answers:
+        assert time.monotonic() < deadline, heard
+        heard += backend.wait(1.0)
+    return heard
 
 
 @pytest.mark.parametrize(
-    ("asked", "nodes", "fits"),
+    ("asked", "nodes", "places"),
     [
-        pytest.param({"replicas": 4}, [{"CPU": 2.0}, {"CPU": 2.0}], True, id="spread over nodes"),
-        pytest.param(
-            {"replicas": 2, "cpus_per_replica": 3}, [{"CPU": 4.0}, {"CPU": 2.0}], False, id="split over nodes"
-        ),
-        pytest.param({"replicas": 10, "cpus_per_replica": 0.1}, [{"CPU": 1.0}], True, id="tenths of a CPU"),
-        pytest.param({"replicas": 5, "gpus_per_replica": 0.2}, [{"CPU": 8.0, "GPU": 1.0}], True, id="fifths of a GPU"),
-        pytest.param(
-            {"replicas": 3, "gpus_per_replica": 0.6}, [{"CPU": 8.0, "GPU": 2.0}], False, id="share of two GPUs"
-        ),
-        pytest.param({"replicas": 9, "cpus_per_replica": 0}, [{}], True, id="nothing asked"),
-        pytest.param({"replicas": 1}, [], False, id="no node"),
+        pytest.param({"replicas": 4}, [{"CPU": 2.0}, {"CPU": 2.0}], 4, id="spread over nodes"),
+        pytest.param({"replicas": 2, "cpus_per_replica": 3}, [{"CPU": 4.0}, {"CPU": 2.0}], 1, id="split over nodes"),
+        pytest.param({"replicas": 10, "cpus_per_replica": 0.1}, [{"CPU": 1.0}], 10, id="tenths of a CPU"),
+        pytest.param({"replicas": 5, "gpus_per_replica": 0.2}, [{"CPU": 8.0, "GPU": 1.0}], 5, id="fifths of a GPU"),
+        pytest.param({"replicas": 3, "gpus_per_replica": 0.6}, [{"CPU": 8.0, "GPU": 2.0}], 2, id="share of two GPUs"),
+        pytest.param({"replicas": 3, "gpus_per_replica": 2}, [{"CPU": 8.0, "GPU": 5.0}], 2, id="several GPUs"),
+        pytest.param({"replicas": 9, "cpus_per_replica": 0}, [{}], 9, id="nothing asked"),
+        pytest.param({"replicas": 1}, [], 0, id="no node"),
     ],
 )
-def test_capacity_counts_whole_replicas_on_each_node(
-    asked: dict[str, Any], nodes: list[dict[str, float]], fits: bool
+def test_places_are_whole_replicas_on_each_node(
+    asked: dict[str, Any], nodes: list[dict[str, float]], places: int
 ) -> None:
     options = PoolOptions(**asked)
-    if fits:
-        require_capacity(options, nodes)
-    else:
-        with pytest.raises(PoolError, match="The cluster cannot hold the pool"):
-            require_capacity(options, nodes)
+    assert min(sum(places_on(node, options) for node in nodes), options.replicas) == places

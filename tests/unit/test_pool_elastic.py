@@ -181,6 +181,23 @@ class TestNotices:
         assert pool.done == list(range(9))
         assert pool.charged == {0: 1}
 
+    def test_a_replica_that_dies_after_the_notice_is_not_started_on_that_node_again(self) -> None:
+        nodes = [Node(name="a", notice=0.7, places=2), Node(name="b", joins=8)]
+        pool = bench(nodes, replicas=1, fates={(0, 1): "slow x10"}, kills=[(3.0, 0)]).run(work(9))
+        assert pool.done == list(range(9))
+        assert [run.node for run in pool.backend.runs] == ["a"] + ["b"] * 9
+        assert not pool.released
+
+    @pytest.mark.parametrize("notice", [0.3, 2.5], ids=["while it builds", "while it is idle"])
+    def test_a_death_heard_together_with_the_notice_is_no_loss(self, notice: float) -> None:
+        nodes = [Node(name="a", notice=notice, leaves=notice + 0.1), Node(name="b", joins=1.0)]
+        fates = {(1, 1): "slow x9"} if notice > 1 else {}
+        pool = bench(nodes, replicas=2 if notice > 1 else 1, fates=fates, linger_s=0.5, straggler_factor=9)
+        pool.run(work(2))
+        assert pool.done == [0, 1]
+        assert not pool.lost
+        assert [event.reason for event in pool.released] == ["node a will go"]
+
     def test_notices_on_every_node_end_the_run_when_none_is_left(self) -> None:
         pool = bench([Node(notice=2.2)], replicas=1, capacity_wait_s=10).run(work(9))
         assert "The cluster cannot hold the pool" in str(pool.error)
