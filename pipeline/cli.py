@@ -20,11 +20,13 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from cluster import PoolError
     from interventions.controls import ControlError
     from pipeline.config import ConfigError
+    from pipeline.foreign import ForeignStoreError
     from pipeline.models import ModelError
     from pipeline.permissions import PermissionsError
     from pipeline.store import StoreError
 
-    return ConfigError, ControlError, ModelError, PermissionsError, StoreError, PoolError, UsageError
+    ours = (ConfigError, ControlError, ForeignStoreError, ModelError, PermissionsError, PoolError, StoreError)
+    return *ours, UsageError
 
 
 _NOT_WRITABLE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

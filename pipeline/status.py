@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.outcomes import outcome
 from pipeline.store import DONE, FAILED, PENDING, Journal, open_store
 
 
@@ -16,13 +17,14 @@ def summarise(path: Path) -> list[dict[str, Any]]:
     StoreError : the path is not a store.
     """
     store = open_store(path)
-    journaled = {(e["group"], e["index"]): e for e in Journal(path).entries() if "group" in e}
+    found = (outcome(entry) for entry in Journal(path).entries())
+    journaled = {(o.group, o.index): o for o in found if o is not None}
     rows = []
     for name in store.groups():
         values = store.status(name)
-        for (where, index), entry in journaled.items():
+        for (where, index), ended in journaled.items():
             if where == name and index < len(values):
-                values[index] = FAILED if entry.get("error") or entry.get("failed") else DONE
+                values[index] = FAILED if ended.failed else DONE
         counts = {
             word: int((values == code).sum())
             for word, code in (("done", DONE), ("pending", PENDING), ("failed", FAILED))

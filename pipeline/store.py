@@ -40,7 +40,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.root = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+        self.root = zarr.open_group(str(path), mode="r+", zarr_format=3, use_consolidated=False)
 
     @property
     def config_hash(self) -> str:
@@ -200,13 +200,13 @@ class Journal:
 
     def entries(self) -> list[dict[str, Any]]:
         """Read all entries; a last line torn by a kill is ignored."""
-        if not self.path.exists():
+        if not self.path.is_file():
             return []
         entries = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entries.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
         return entries
 
@@ -215,7 +215,7 @@ def is_store(path: Path) -> bool:
     """Return whether a path holds a store of ours."""
     try:
         attrs = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
     return isinstance(attrs, dict) and {"config_sha256", "schema_version"} <= attrs.keys()
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cluster import Executor, InlinePool, PoolError, PoolOptions, WorkUnit
 from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
+from pipeline.outcomes import outcome
 from pipeline.plan import BASELINE, Plan, Unit
 from pipeline.redaction import redact
 from pipeline.screening import mean_over_samples, select
@@ -61,12 +62,9 @@ class Ledger:
         self._recover(Journal(store.path))
 
     def _recover(self, journal: Journal) -> None:
-        for entry in journal.entries():
-            group, index = entry.get("group"), entry.get("index")
-            if group in self.status and isinstance(index, int) and index < len(self.status[group]):
-                self.mark(
-                    group, index, FAILED if entry.get("error") or entry.get("failed") else DONE, entry.get("failed", 0)
-                )
+        for ended in map(outcome, journal.entries()):
+            if ended is not None and ended.group in self.status and ended.index < len(self.status[ended.group]):
+                self.mark(ended.group, ended.index, FAILED if ended.failed else DONE, ended.failed_cells)
 
     def mark(self, group: str, index: int, status: int, failed_cells: int = 0) -> None:
         """Set one unit's status."""

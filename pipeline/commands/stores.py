@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from pipeline.commands.options import FAILED, OK, StorePath, UsageError, app, whole_number
+from pipeline.foreign import reading, require_plain
 
 
 @app.command
@@ -19,7 +20,9 @@ def status(store: StorePath, *, as_json: Annotated[bool, Parameter(name="--json"
     """
     from pipeline.status import summarise
 
-    rows = summarise(store)
+    with reading(store):
+        require_plain(store, chunks=False)
+        rows = summarise(store)
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -45,8 +48,10 @@ def effects(
 
     if replicates < 1 or seed < 0:
         raise UsageError(f"out of range: --replicates {replicates}, --seed {seed}. They start at 1 and 0.")
-    open_store(store)
-    written = compute_effects(store, unit="prompt", replicates=replicates, seed=seed)
+    with reading(store):
+        require_plain(store)
+        open_store(store)
+        written = compute_effects(store, unit="prompt", replicates=replicates, seed=seed)
     print(f"Wrote {', '.join(written)} to {store}/effects.")
     return OK
 
@@ -66,9 +71,11 @@ def report(
     from pipeline.report import write_report
     from pipeline.store import open_store
 
-    open_store(store)
-    if not (store / "effects").exists():
-        raise UsageError(f"{store} has no effects yet. Run first: stepscope effects {store}")
-    page = write_report(store, out or store.with_name(store.stem + "_report"))
+    with reading(store):
+        require_plain(store)
+        open_store(store)
+        if not (store / "effects").exists():
+            raise UsageError(f"{store} has no effects yet. Run first: stepscope effects {store}")
+        page = write_report(store, out or store.with_name(store.stem + "_report"))
     print(f"Wrote {page}.")
     return OK

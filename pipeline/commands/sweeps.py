@@ -47,10 +47,12 @@ def run(
 
     Example: ``stepscope run configs/maze_demo.yaml --store runs/demo.zarr --set sampler.steps=10``
     """
+    from pipeline.foreign import require_sound
     from pipeline.progress import SweepProgress
     from pipeline.sweep import inline_executor, ray_executor, run_sweep
 
     plan, path = bind(config, set_ or [], store, replicas, allowed(allow_metric, allow_pickled_weights))
+    require_sound(path, plan)
     executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
     with SweepProgress() as progress:
         result = run_sweep(plan, path, make_executor=executor, observe=progress.observe, on_start=progress.start)

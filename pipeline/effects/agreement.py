@@ -55,7 +55,7 @@ def write_agreement(store_path: Path, name: str, *, again: bool) -> bool:
     ----------
     again : also if it is there already.
     """
-    group = zarr.open_group(str(store_path), path=name, mode="r+", use_consolidated=False)
+    group = zarr.open_group(str(store_path), path=name, mode="r+", zarr_format=3, use_consolidated=False)
     if ATTRIBUTE in group.attrs and not again:
         return False
     experiment, recorded = Experiment.open(store_path, name), Recorded.read(store_path, "sample")

@@ -48,7 +48,7 @@ def group_names(store_path: str | Path, under: str = "") -> list[str]:
     FileNotFoundError : there is no store at the path.
     """
     try:
-        group = zarr.open_group(str(store_path), path=under, mode="r", use_consolidated=False)
+        group = zarr.open_group(str(store_path), path=under, mode="r", zarr_format=3, use_consolidated=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no store at {store_path}. Give the folder that `stepscope run` wrote.") from error
     with no_zarr_warnings():
@@ -318,7 +318,8 @@ def _aligned(chunk_samples: int, array: xr.DataArray) -> int:
 
 def open_group(store_path: str | Path, name: str) -> xr.Dataset:
     """Open one group lazily, past the consolidated metadata, which may be older than the data."""
-    dataset: xr.Dataset = xr.open_zarr(str(store_path), group=name, chunks=None, consolidated=False)
+    # Format 2 has arrays of pickled objects.
+    dataset: xr.Dataset = xr.open_zarr(str(store_path), group=name, chunks=None, consolidated=False, zarr_format=3)
     return dataset
 
 

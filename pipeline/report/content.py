@@ -47,7 +47,7 @@ class Sweep:
         FileNotFoundError : there is no store at the path.
         """
         groups = set(group_names(store_path))
-        attrs = dict(zarr.open_group(str(store_path), mode="r", use_consolidated=False).attrs)
+        attrs = dict(zarr.open_group(str(store_path), mode="r", zarr_format=3, use_consolidated=False).attrs)
         config = as_mapping(attrs.get("config_json"))
         names = in_order(groups - NOT_EXPERIMENTS, config.get("experiments", {}))
         computed = set(group_names(store_path, "effects")) if "effects" in groups else set()
@@ -127,7 +127,7 @@ def as_mapping(text: object) -> dict[str, Any]:
     """Parse a JSON attribute that should be a mapping; anything else gives an empty one."""
     try:
         value = json.loads(str(text))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
