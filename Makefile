@@ -8,7 +8,7 @@ export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint card check-card figures kind-figures recompute bench planted train clean
+.PHONY: setup demo test lint card check-card figures kind-figures watching-page recompute bench planted train clean
 
 setup: $(READY)
 
@@ -43,6 +43,9 @@ figures: demo
 
 kind-figures: setup
 	$(BIN)/python -m docs.make_kind_figures
+
+watching-page: setup
+	$(BIN)/python -m docs.make_watching
 
 recompute: setup
 	$(BIN)/python -m tests.reference.recompute runs/maze_demo.zarr --cells 50

@@ -1,9 +1,8 @@
 """Where work runs: pools of stateful replicas that execute idempotent units at least once.
 
-Everything but ``cluster.pool.RayPool`` works without importing Ray.
+Everything but ``cluster.ray_pool`` works without importing Ray.
 """
 
-from cluster.dispatch import Executor, Factory, PoolError, PoolOptions, ReplicaStartError, Worker, WorkUnit
 from cluster.events import (
     Callback,
     Event,
@@ -18,6 +17,17 @@ from cluster.events import (
     UnitStarted,
 )
 from cluster.inline import InlinePool
+from cluster.options import PoolOptions
+from cluster.work import (
+    Executor,
+    Factory,
+    PoolError,
+    PoolHaltedError,
+    ReplicaStartError,
+    Stop,
+    Worker,
+    WorkUnit,
+)
 
 __all__ = [
     "Callback",
@@ -27,12 +37,14 @@ __all__ = [
     "InlinePool",
     "PoolDraining",
     "PoolError",
+    "PoolHaltedError",
     "PoolOptions",
     "PoolWaiting",
     "ReplicaLost",
     "ReplicaReleased",
     "ReplicaStartError",
     "ReplicaStarted",
+    "Stop",
     "UnitDone",
     "UnitFailed",
     "UnitRetried",

@@ -1,151 +1,39 @@
-"""Which unit goes to which replica: windows, locality, attempts and requeueing, without clock, process or Ray."""
+"""Which unit goes to which replica: windows, locality, attempts, leases and copies, without process or Ray."""
 
 from __future__ import annotations
 
 import time
-from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from statistics import median
 
-from cluster.events import Callback, ReplicaLost, UnitDone, UnitFailed, UnitRetried, UnitStarted
+from cluster.backlog import Backlog, Waiting
+from cluster.events import Callback, PoolDraining, UnitDone, UnitFailed, UnitRetried, UnitStarted
+from cluster.options import PoolOptions
+from cluster.work import Outcome, WorkUnit
 
-_ERROR_CHARACTERS = 500
 _WINDOWS_OF_LOOK_AHEAD = 4
+_PACES_KEPT = 101
+_PACES_NEEDED = 5
+_LEAST_STRAGGLE_S = 0.5
+_UNITS_OF_PATIENCE = 3
 _NOWHERE = object()
-_LEAST_OPTIONS = {
-    "replicas": 0,
-    "cpus_per_replica": 0,
-    "gpus_per_replica": 0,
-    "in_flight": 1,
-    "max_attempts": 1,
-    "max_restarts": 0,
-    "start_timeout_s": 0,
-}
-
-
-class PoolError(RuntimeError):
-    """The pool cannot run its units; the ones that it reported done stay done."""
-
-
-class ReplicaStartError(PoolError):
-    """A replica could not be constructed."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkUnit:
-    """A piece of work that may run more than once with the same outcome.
-
-    Attributes
-    ----------
-    id : name of the unit in events; unique within a run.
-    locality : units of equal locality share state worth keeping in a replica, such as a recorded run.
-    payload : what the worker gets; small, as it is sent to the replica.
-    """
-
-    id: int
-    locality: Hashable
-    payload: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolOptions:
-    """Size and patience of a pool.
-
-    Attributes
-    ----------
-    replicas : worker processes; 0 means none, for the in-process pool.
-    cpus_per_replica, gpus_per_replica : resources reserved for each of them.
-    in_flight : units a replica holds at once: one running, the others waiting.
-    max_attempts : times a unit is tried before it counts as failed, and times a factory is called in a row.
-    max_restarts : times the process of one replica may die and come back.
-    start_timeout_s : seconds a replica may take from request to constructed worker.
-    """
-
-    replicas: int = 1
-    cpus_per_replica: float = 1
-    gpus_per_replica: float = 0
-    in_flight: int = 2
-    max_attempts: int = 3
-    max_restarts: int = 3
-    start_timeout_s: float = 300
-
-    def __post_init__(self) -> None:
-        for name, least in _LEAST_OPTIONS.items():
-            value = getattr(self, name)
-            if not value >= least:
-                raise ValueError(f"PoolOptions.{name} is too small: {value!r}. Use {least} or more.")
-
-
-class Worker(Protocol):
-    """The state of one replica, built once in its process."""
-
-    def run(self, payload: Any) -> Any:
-        """Do the unit and return a small receipt of it."""
-
-
-Factory: TypeAlias = Callable[[], Worker]
-
-
-class Executor(Protocol):
-    """Runs units at least once each and reports every one as done or failed exactly once."""
-
-    def run(self, units: Iterable[WorkUnit], on_event: Callback) -> None:
-        """Run all units, pulling them from the iterable as they are needed."""
-
-    def close(self) -> None:
-        """Give up the replicas."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of one attempt: a receipt, or the text of an error."""
-
-    seconds: float
-    receipt: Any = None
-    error: str | None = None
-
-
-def describe_error(error: BaseException) -> str:
-    """Return the type and text of an error in one line of limited length."""
-    text = " ".join(str(error).split())
-    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    if len(line) <= _ERROR_CHARACTERS:
-        return line
-    # A text that quotes a traceback has its point at the end.
-    half = _ERROR_CHARACTERS // 2
-    return f"{line[: half - 5]} ... {line[-half:]}"
-
-
-def start_failure(replica: int, error: str, attempts: int = 1) -> str:
-    """Return the message for a replica that does not start."""
-    tried = f" (tried {attempts} times)" if attempts > 1 else ""
-    return f"Replica {replica} cannot start{tried}: {error}. Repair the cause and run again."
-
-
-def attempt_unit(worker: Worker, payload: Any) -> Outcome:
-    """Run a payload and turn whatever the worker raises into an outcome.
-
-    ``SystemExit`` counts as an error of the unit: a library that calls ``sys.exit`` must not take a replica along.
-    """
-    began = time.perf_counter()
-    try:
-        receipt = worker.run(payload)
-    except (Exception, SystemExit) as error:
-        return Outcome(seconds=time.perf_counter() - began, error=describe_error(error))
-    return Outcome(seconds=time.perf_counter() - began, receipt=receipt)
+_NEVER = float("inf")
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """One unit in the window of one replica; ends when the unit finishes, fails or is lost.
+    """One unit in the window of one replica; ends when the unit finishes, fails, is lost or outlives the lease.
 
     Attributes
     ----------
     arrival : position of the unit in the order in which units were pulled.
     alone : whether no other unit may share the window.
     attempt : number of the attempt, from 1; 0 while the unit only waits in the window.
+    began : time at which the unit came first in its window.
+    copy : whether another replica holds the unit as well, and did so before.
+    void : whether the unit has ended elsewhere, so that the answer no longer matters.
     """
 
     unit: WorkUnit
@@ -153,13 +41,9 @@ class Lease:
     replica: int
     alone: bool
     attempt: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    unit: WorkUnit
-    arrival: int
-    alone: bool = False
+    began: float = _NEVER
+    copy: bool = False
+    void: bool = False
 
 
 class Dispatcher:
@@ -168,26 +52,41 @@ class Dispatcher:
     Replicas run the units of their window in the order in which they took them. Only the first of them has started,
     so only that one is charged with an attempt when the replica dies; the others go back to the queue unharmed.
     As the answer of a finished unit can be lost when the next one kills the process at once, the charge may hit the
-    wrong one: all units of a lost window run alone from then on, so no unit pays twice for another.
+    wrong one: all units of a lost window run alone from then on, so no unit pays twice for another. A unit that was
+    charged goes to another replica if one comes free in the time that a unit takes, so that a bad replica does not use
+    up the attempts of a good unit. One that took its replica along waits behind all units pulled before: a replica
+    that kills whatever it gets is known by more than ``max_restarts`` different units before any of them comes twice.
 
     Parameters
     ----------
-    units : pulled only as far as the look-ahead of four full windows of all replicas.
-    options : number of replicas, size of a window, attempts for each unit.
-    on_event : observer of the units; also of lost replicas.
+    units : pulled only as far as the look-ahead: for each replica four full windows, or as many as it may be lost for.
+    options : number of replicas, size of a window, attempts for each unit, length of a lease.
+    on_event : observer of the units.
+    clock : seconds, for leases and stragglers.
     """
 
-    def __init__(self, units: Iterable[WorkUnit], options: PoolOptions, on_event: Callback) -> None:
+    def __init__(
+        self,
+        units: Iterable[WorkUnit],
+        options: PoolOptions,
+        on_event: Callback,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._source: Iterator[WorkUnit] | None = iter(units)
-        self._options = options
-        self._on_event = on_event
-        self._replicas = max(options.replicas, 1)
-        self._look_ahead = _WINDOWS_OF_LOOK_AHEAD * self._replicas * options.in_flight
+        self._options, self._on_event, self._clock = options, on_event, clock
+        ahead = max(_WINDOWS_OF_LOOK_AHEAD * options.in_flight, options.max_restarts + 1)
+        self._look_ahead = max(options.replicas, 1) * ahead
         self._arrivals = 0
-        self._pending: list[_Pending] = []
+        self._backlog = Backlog()
         self._windows: dict[int, deque[Lease]] = {}
+        self._hardware: dict[int, str] = {}
         self._localities: dict[int, Hashable] = {}
+        self._served: Counter[Hashable] = Counter()
         self._attempts: dict[int, int] = {}
+        # None once a copy has failed: it stays the only one of its attempt.
+        self._copies: dict[int, Lease | None] = {}
+        self._paces: deque[float] = deque(maxlen=_PACES_KEPT)
+        self._draining = False
         self._refill()
 
     @property
@@ -195,78 +94,151 @@ class Dispatcher:
         """Whether every unit is done or failed."""
         return self._source is None and not self._attempts
 
+    @property
+    def drained(self) -> bool:
+        """Whether the run is being stopped and no started unit is left."""
+        return self._draining and not any(lease.attempt and not lease.void for lease in self._leases())
+
+    @property
+    def demand(self) -> int:
+        """How many replicas could have a unit now: those that hold one, and one for each unit that nobody holds."""
+        return len(self._backlog) + sum(1 for window in self._windows.values() if window)
+
+    def join(self, replica: int, hardware: str = "") -> None:
+        """Count a replica in, before it takes anything."""
+        self._windows.setdefault(replica, deque())
+        self._hardware[replica] = hardware
+
+    def holds(self, replica: int) -> bool:
+        """Whether a replica has something in its window."""
+        return bool(self._windows.get(replica))
+
     def take(self, replica: int) -> Lease | None:
         """Put the best next unit into the window of a replica; None when there is nothing for it now."""
         window = self._windows.setdefault(replica, deque())
-        if not self._pending or len(window) >= self._options.in_flight:
+        if self._draining or not self._backlog or len(window) >= self._options.in_flight:
             return None
         # The last units must not wait behind a busy replica while another one falls idle.
-        if window and (window[0].alone or len(self._pending) <= self._replicas):
+        if window and (window[0].alone or len(self._backlog) <= max(self._options.replicas, 1)):
             return None
-        pending = self._choose(replica, [each for each in self._pending if not (window and each.alone)])
-        if pending is None:
+        waiting = self._backlog.pop(
+            self._localities.get(replica, _NOWHERE), self._served, lambda each: self._accepts(replica, each)
+        )
+        if waiting is None:
             return None
-        self._pending.remove(pending)
-        self._localities[replica] = pending.unit.locality
-        lease = Lease(pending.unit, pending.arrival, replica, pending.alone)
+        self._serve(replica, waiting.unit.locality)
+        lease = Lease(waiting.unit, waiting.arrival, replica, waiting.alone)
         window.append(lease)
         self._start_first(replica)
         self._refill()
         return lease
 
+    def copy(self, replica: int) -> Lease | None:
+        """Give an idle replica a second copy of the worst straggler; None while nothing straggles."""
+        due = self.copy_due(replica)
+        if due is None or due[0] > self._clock():
+            return None
+        original = due[1]
+        lease = Lease(original.unit, original.arrival, replica, alone=True, copy=True)
+        lease.attempt, lease.began = original.attempt, self._clock()
+        self._copies[original.unit.id] = lease
+        self._windows[replica].append(lease)
+        self._on_event(UnitStarted(unit=lease.unit.id, replica=replica, attempt=lease.attempt, copy=True))
+        return lease
+
+    def copy_due(self, replica: int) -> tuple[float, Lease] | None:
+        """Return when the next unit counts as a straggler that this idle replica may copy, and its lease."""
+        factor = self._options.straggler_factor
+        spare = self._source is None and not self._backlog and not self._draining and not self.holds(replica)
+        if not factor or not spare or len(self._paces) < _PACES_NEEDED or replica not in self._windows:
+            return None
+        pace, hardware = factor * median(self._paces), self._hardware.get(replica, "")
+        due = [
+            (lease.began + max(_LEAST_STRAGGLE_S, pace * lease.unit.weight), lease)
+            for lease in self._leases()
+            if lease.attempt and not lease.copy and not lease.void and lease.unit.id not in self._copies
+            if self._hardware.get(lease.replica, "") == hardware
+        ]
+        return min(due, key=lambda entry: (entry[0], entry[1].arrival), default=None)
+
     def settle(self, lease: Lease, outcome: Outcome) -> None:
         """End a lease by the outcome of its attempt; a lease that has ended before is ignored."""
         if not self._withdraw(lease):
             return
-        if outcome.error is None:
-            del self._attempts[lease.unit.id]
-            self._on_event(
-                UnitDone(
-                    unit=lease.unit.id,
-                    replica=lease.replica,
-                    attempt=lease.attempt,
-                    seconds=outcome.seconds,
-                    receipt=outcome.receipt,
-                )
-            )
-        else:
-            self._retry_or_fail(lease, outcome.error)
+        if not lease.void:
+            if outcome.error is None and not outcome.refused:
+                self._finish(lease, outcome)
+            elif lease.copy:
+                self._end_copy(lease, failed=not (outcome.refused or outcome.halts))
+            elif self._promote(lease):
+                pass
+            elif outcome.refused or outcome.halts:
+                # A refusal may be due to the units that were sent with it.
+                lease.alone = lease.alone or outcome.refused
+                self._give_back(lease, outcome.error or "its replica is about to go")
+            else:
+                self._retry_or_fail(lease, outcome.error or "")
         self._start_first(lease.replica)
         self._refill()
 
-    def lose(self, replica: int, error: str) -> None:
-        """Take everything back from a replica that died: its running unit was tried, the waiting ones were not."""
-        leases = self._windows.pop(replica, deque())
-        self._localities.pop(replica, None)
-        self._on_event(ReplicaLost(replica=replica, error=error))
-        for lease in leases:
-            lease.alone = True
-            if lease.attempt:
-                self._retry_or_fail(lease, error)
-            else:
-                self._requeue(lease)
-        self._refill()
+    def lose(self, replica: int, error: str) -> list[int]:
+        """Take everything back from a replica that is gone: its running unit was tried, the waiting ones were not.
 
-    def _choose(self, replica: int, candidates: list[_Pending]) -> _Pending | None:
-        own = self._localities.get(replica, _NOWHERE)
-        others = {locality for owner, locality in self._localities.items() if owner != replica}
-        free: _Pending | None = None
-        for pending in candidates:
-            if pending.unit.locality == own:
-                return pending
-            if free is None and pending.unit.locality not in others:
-                free = pending
-        return free or (candidates[0] if candidates else None)
+        Returns
+        -------
+        The ids of the units that were charged with an attempt.
+        """
+        return self._abandon(replica, error, charge=True)
+
+    def withdraw(self, replica: int, reason: str) -> None:
+        """Take everything back from a replica that is ended on purpose; nothing of it counts as an attempt."""
+        self._abandon(replica, reason, charge=False)
+
+    def overdue(self) -> list[int]:
+        """Return the replicas whose running unit has outlived its lease."""
+        now = self._clock()
+        return [w[0].replica for w in self._windows.values() if w and now >= w[0].began + self._options.lease_s]
+
+    def next_overdue(self) -> float:
+        """Return the time at which the next lease ends if nothing happens before; infinity without a lease."""
+        return min((w[0].began for w in self._windows.values() if w), default=_NEVER) + self._options.lease_s
+
+    def drain(self, limit_s: float) -> None:
+        """Hand out nothing any more; what has started may finish."""
+        if not self._draining:
+            self._draining = True
+            running = sum(1 for lease in self._leases() if lease.attempt and not lease.void and not lease.copy)
+            self._on_event(PoolDraining(units=running, limit_s=limit_s))
+
+    def _accepts(self, replica: int, waiting: Waiting) -> bool:
+        if waiting.alone and self._windows[replica]:
+            return False
+        return waiting.avoid != replica or len(self._windows) < 2 or waiting.avoid_until <= self._clock()
+
+    def _serve(self, replica: int, locality: Hashable) -> None:
+        self._forget(replica)
+        self._localities[replica] = locality
+        self._served[locality] += 1
+
+    def _forget(self, replica: int) -> None:
+        if replica in self._localities:
+            served = self._localities.pop(replica)
+            self._served[served] -= 1
+            if not self._served[served]:
+                del self._served[served]
+
+    def _leases(self) -> Iterator[Lease]:
+        return (lease for window in self._windows.values() for lease in window)
 
     def _start_first(self, replica: int) -> None:
-        if window := self._windows.get(replica):
+        if (window := self._windows.get(replica)) and not self._draining:
             self._start(window[0])
 
     def _start(self, lease: Lease) -> None:
-        if lease.attempt:
+        if lease.attempt or lease.void:
             return
         self._attempts[lease.unit.id] += 1
-        lease.attempt = self._attempts[lease.unit.id]
+        lease.attempt, lease.began = self._attempts[lease.unit.id], self._clock()
         self._on_event(UnitStarted(unit=lease.unit.id, replica=lease.replica, attempt=lease.attempt))
 
     def _withdraw(self, lease: Lease) -> bool:
@@ -278,20 +250,98 @@ class Dispatcher:
         window.remove(lease)
         return True
 
-    def _retry_or_fail(self, lease: Lease, error: str) -> None:
-        if lease.attempt < self._options.max_attempts:
-            self._requeue(lease)
-            event = UnitRetried(unit=lease.unit.id, replica=lease.replica, attempt=lease.attempt, error=error)
-            self._on_event(event)
-        else:
-            del self._attempts[lease.unit.id]
-            self._on_event(UnitFailed(unit=lease.unit.id, attempts=lease.attempt, error=error))
+    def _finish(self, lease: Lease, outcome: Outcome) -> None:
+        unit = lease.unit
+        del self._attempts[unit.id]
+        if self._copies.pop(unit.id, None) is not None:
+            for other in self._leases():
+                other.void = other.void or other.unit.id == unit.id
+        if unit.weight > 0:
+            self._paces.append(outcome.seconds / unit.weight)
+        self._on_event(
+            UnitDone(
+                unit=unit.id,
+                replica=lease.replica,
+                attempt=lease.attempt,
+                seconds=outcome.seconds,
+                receipt=outcome.receipt,
+            )
+        )
 
-    def _requeue(self, lease: Lease) -> None:
-        insort(self._pending, _Pending(lease.unit, lease.arrival, lease.alone), key=lambda pending: pending.arrival)
+    def _abandon(self, replica: int, error: str, *, charge: bool) -> list[int]:
+        leases = self._windows.pop(replica, deque())
+        self._forget(replica)
+        self._hardware.pop(replica, None)
+        charged: list[int] = []
+        for lease in leases:
+            lease.alone = lease.alone or charge
+            if lease.void:
+                continue
+            if lease.copy:
+                self._end_copy(lease, failed=charge)
+            elif self._promote(lease):
+                continue
+            elif lease.attempt and charge:
+                charged.append(lease.unit.id)
+                lease.arrival = self._next_arrival()
+                self._retry_or_fail(lease, error)
+            elif lease.attempt:
+                self._give_back(lease, error)
+            else:
+                self._requeue(lease)
+        self._refill()
+        return charged
+
+    def _give_back(self, lease: Lease, reason: str) -> None:
+        """Requeue a started unit without charging it."""
+        self._on_event(
+            UnitRetried(
+                unit=lease.unit.id, replica=lease.replica, attempt=lease.attempt, error=f"not charged: {reason}"
+            )
+        )
+        self._attempts[lease.unit.id] -= 1
+        self._requeue(lease)
+
+    def _retry_or_fail(self, lease: Lease, error: str) -> None:
+        unit = lease.unit.id
+        if lease.attempt < self._options.max_attempts:
+            self._on_event(UnitRetried(unit=unit, replica=lease.replica, attempt=lease.attempt, error=error))
+            self._requeue(lease, avoid=lease.replica)
+        else:
+            del self._attempts[unit]
+            self._on_event(UnitFailed(unit=unit, attempts=lease.attempt, error=error))
+
+    def _end_copy(self, copy: Lease, *, failed: bool) -> None:
+        """Go on with the original alone; what failed once is not copied again and again while the original runs."""
+        if failed:
+            self._copies[copy.unit.id] = None
+        else:
+            del self._copies[copy.unit.id]
+
+    def _promote(self, lease: Lease) -> bool:
+        """Let the copy of a unit, if there is one, stand for the attempt from now on."""
+        copy = self._copies.pop(lease.unit.id, None)
+        if copy is not None:
+            copy.copy = False
+        return copy is not None
+
+    def _requeue(self, lease: Lease, avoid: int | None = None) -> None:
+        until = self._clock() + self._time_of_a_unit()
+        self._backlog.add(Waiting(lease.unit, lease.arrival, lease.alone, avoid, until))
+
+    def _time_of_a_unit(self) -> float:
+        """Return seconds in which a replica that runs a unit should come free; the lease while nothing is known."""
+        if len(self._paces) < _PACES_NEEDED:
+            return self._options.lease_s
+        heaviest = max((lease.unit.weight for lease in self._leases()), default=1.0)
+        return max(_LEAST_STRAGGLE_S, _UNITS_OF_PATIENCE * heaviest * median(self._paces))
+
+    def _next_arrival(self) -> int:
+        self._arrivals += 1
+        return self._arrivals - 1
 
     def _refill(self) -> None:
-        while self._source is not None and len(self._pending) < self._look_ahead:
+        while self._source is not None and not self._draining and len(self._backlog) < self._look_ahead:
             unit = next(self._source, None)
             if unit is None:
                 self._source = None
@@ -299,5 +349,4 @@ class Dispatcher:
                 raise ValueError(f"Two units share an id: {unit.id}. Give every unit of a run its own.")
             else:
                 self._attempts[unit.id] = 0
-                self._pending.append(_Pending(unit, self._arrivals))
-                self._arrivals += 1
+                self._backlog.add(Waiting(unit, self._next_arrival()))

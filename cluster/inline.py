@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from cluster.dispatch import (
-    Dispatcher,
+from cluster.dispatch import Dispatcher
+from cluster.events import Callback, ReplicaLost, ReplicaStarted
+from cluster.options import PoolOptions
+from cluster.work import (
     Factory,
-    PoolOptions,
+    PoolHaltedError,
     ReplicaStartError,
+    Stop,
     Worker,
     WorkUnit,
     attempt_unit,
     describe_error,
+    never,
     start_failure,
 )
-from cluster.events import Callback, ReplicaLost, ReplicaStarted
 
 _REPLICA = 0
 
@@ -34,28 +37,33 @@ class InlinePool:
 
     def __init__(self, factory: Factory, options: PoolOptions | None = None) -> None:
         self._factory = factory
-        self._options = replace(options or PoolOptions(), replicas=1, in_flight=1)
+        self._options = replace(options or PoolOptions(), replicas=1, in_flight=1, max_restarts=0)
         self._worker: Worker | None = None
 
-    def run(self, units: Iterable[WorkUnit], on_event: Callback) -> None:
-        """Run all units in this thread.
+    def run(self, units: Iterable[WorkUnit], on_event: Callback, stop: Stop = never) -> bool:
+        """Run all units in this thread; a reason to stop is asked for between them. See ``Executor.run``.
 
         Raises
         ------
-        ReplicaStartError
-            when the factory has raised ``max_attempts`` times.
+        ReplicaStartError : the factory has raised ``max_attempts`` times.
+        PoolHaltedError : the worker met something that would meet every unit.
         """
         dispatcher = Dispatcher(units, self._options, on_event)
         if dispatcher.finished:
-            return
+            return True
         if self._worker is None:
             self._worker = self._start(on_event)
+        dispatcher.join(_REPLICA)
         try:
-            while (lease := dispatcher.take(_REPLICA)) is not None:
-                dispatcher.settle(lease, attempt_unit(self._worker, lease.unit.payload))
+            while stop() is None and (lease := dispatcher.take(_REPLICA)) is not None:
+                outcome = attempt_unit(self._worker, lease.unit.payload)
+                dispatcher.settle(lease, outcome)
+                if outcome.halts:
+                    raise PoolHaltedError(outcome.error)
         except BaseException:
             self.close()
             raise
+        return dispatcher.finished
 
     def close(self) -> None:
         """Drop the worker; a later run builds another one."""
@@ -66,11 +74,13 @@ class InlinePool:
         while True:
             try:
                 worker = self._factory()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failures += 1
-                on_event(ReplicaLost(replica=_REPLICA, error=describe_error(error)))
-                if failures == self._options.max_attempts:
+                last = failures == self._options.max_attempts
+                # There is no other process to hope for, so there is no pause either.
+                on_event(ReplicaLost(replica=_REPLICA, error=describe_error(error), again_in_s=None if last else 0.0))
+                if last:
                     raise ReplicaStartError(start_failure(_REPLICA, describe_error(error), failures)) from error
             else:
-                on_event(ReplicaStarted(replica=_REPLICA))
+                on_event(ReplicaStarted(replica=_REPLICA, hardware=str(getattr(worker, "hardware", ""))))
                 return worker

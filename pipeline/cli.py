@@ -18,6 +18,7 @@ __all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "OK", "app", "console", "main"]
 
 def _bad_input() -> tuple[type[Exception], ...]:
     from cluster import PoolError
+    from cluster.jobs import JobError
     from interventions.controls import ControlError
     from pipeline.config import ConfigError
     from pipeline.foreign import ForeignStoreError
@@ -25,8 +26,8 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from pipeline.permissions import PermissionsError
     from pipeline.store import StoreError
 
-    ours = (ConfigError, ControlError, ForeignStoreError, ModelError, PermissionsError, PoolError, StoreError)
-    return *ours, UsageError
+    of_sweeps = ConfigError, ControlError, ForeignStoreError, ModelError, PermissionsError, StoreError
+    return *of_sweeps, JobError, PoolError, UsageError
 
 
 _NOT_WRITABLE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

@@ -13,6 +13,7 @@ from pipeline.wording import plain, shortened
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
+    from pipeline.store import Place
 
 _OURS = ("pipeline", "cluster", "interventions")
 _NOT_OF_THE_STORE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EPIPE)
@@ -23,7 +24,7 @@ class ForeignStoreError(ValueError):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(place: object) -> Iterator[None]:
     """Turn whatever goes wrong while a store is read into one sentence: its every byte may be anything.
 
     Raises
@@ -33,21 +34,21 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_no_fault_of(path, error):
+        if _is_no_fault_of(str(place), error):
             raise
         said = " ".join(str(error).split()) or "no reason given"
         raise ForeignStoreError(
-            f"store {path} is damaged or not of stepscope's making: {type(error).__name__}: "
+            f"store {place} is damaged or not of stepscope's making: {type(error).__name__}: "
             f"{shortened(plain(said), 300)}{_place(error)}. Use a copy that is whole, or another --store."
         ) from error
 
 
-def _is_no_fault_of(path: Path, error: Exception) -> bool:
+def _is_no_fault_of(place: str, error: Exception) -> bool:
     if type(error).__module__.split(".")[0] in _OURS:
         return True
     if not isinstance(error, OSError):
         return False
-    elsewhere = error.filename is not None and not str(error.filename).startswith(str(path))
+    elsewhere = error.filename is not None and not str(error.filename).startswith((place, os.path.abspath(place)))
     return error.errno in _NOT_OF_THE_STORE or elsewhere
 
 
@@ -62,8 +63,8 @@ def _place(error: BaseException) -> str:
     return found
 
 
-def require_plain(path: Path, *, chunks: bool = True) -> None:
-    """Refuse a store on disk that holds links or devices: reading may never end, writing would be somewhere else.
+def require_plain(place: object, *, chunks: bool = True) -> None:
+    """Refuse a store in a folder that holds links or devices: reading may never end, writing would be somewhere else.
 
     Parameters
     ----------
@@ -73,7 +74,8 @@ def require_plain(path: Path, *, chunks: bool = True) -> None:
     ------
     ForeignStoreError : naming the first.
     """
-    folders = [os.fspath(path)] if os.path.lexists(path / "zarr.json") else []
+    folder = str(place)
+    folders = [folder] if "://" not in folder and os.path.lexists(os.path.join(folder, "zarr.json")) else []
     while folders:
         folder = folders.pop()
         with os.scandir(folder) as entries:
@@ -84,7 +86,7 @@ def require_plain(path: Path, *, chunks: bool = True) -> None:
                 elif not entry.is_file(follow_symlinks=False):
                     what = "a link" if entry.is_symlink() else "a pipe or device"
                     raise ForeignStoreError(
-                        f"store {path} holds {what}, where only files and folders may be: {plain(entry.path)}. "
+                        f"store {place} holds {what}, where only files and folders may be: {plain(entry.path)}. "
                         "Remove it, or put there what it stands for."
                     )
 
@@ -100,17 +102,18 @@ def require_template(store: Any, plan: Plan) -> None:
     ------
     ForeignStoreError : naming the first array that is missing or other than it should be.
     """
+    place = store.location
     for key, (shape, dtype) in _expected(plan).items():
         try:
             array = store.root[key]
             found = tuple(array.shape), str(array.dtype)
         except (KeyError, AttributeError) as error:
             raise ForeignStoreError(
-                f"store {store.path} lacks the array {key}. Use a copy that is whole, or another --store."
+                f"store {place} lacks the array {key}. Use a copy that is whole, or another --store."
             ) from error
         if found != (shape, dtype):
             raise ForeignStoreError(
-                f"store {store.path}: array {key} is {found[0]} of {found[1]}, this config makes {shape} of {dtype}. "
+                f"store {place}: array {key} is {found[0]} of {found[1]}, this config makes {shape} of {dtype}. "
                 "Use a copy that is whole, or another --store."
             )
 
@@ -129,8 +132,8 @@ def _expected(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
     return found
 
 
-def require_sound(path: Path, plan: Plan) -> None:
-    """Refuse to go on with a store in which a resumed sweep could not be trusted; a path without a store is fine.
+def require_sound(place: Place, plan: Plan) -> None:
+    """Refuse to go on with a store in which a resumed sweep could not be trusted; a place without one is fine.
 
     Raises
     ------
@@ -139,7 +142,7 @@ def require_sound(path: Path, plan: Plan) -> None:
     """
     from pipeline.store import is_store, open_or_create
 
-    with reading(path):
-        require_plain(path)
-        if is_store(path):
-            require_template(open_or_create(path, plan), plan)
+    with reading(place):
+        require_plain(place)
+        if is_store(place):
+            require_template(open_or_create(place, plan), plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +16,9 @@ from interventions.sites import RUNS, Geometry, RunName, Site
 from pipeline.call import argument_problems
 from pipeline.config import ConfigError, SweepConfig, format_problems, overridden_keys
 from pipeline.experiment import Experiment, ExperimentError, Grid, Problem, parse
+from pipeline.layout import BASELINE as BASELINE
+from pipeline.layout import Layout, Windows
+from pipeline.layout import Unit as Unit
 from pipeline.metrics.metric import METRICS, Metric
 from pipeline.models import ModelError, ModelInfo, describe
 from pipeline.permissions import NOTHING, Permissions
@@ -26,27 +28,8 @@ from pipeline.tasks.task import Task
 from pipeline.wording import shown
 from pipeline.yaml_source import Loc, SourceError, read_file
 
-BASELINE = "baseline"
 MOST_SAMPLES = 250_000
 """Samples of a sweep, which the driver keeps in memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """What one replica computes and writes together: whole chunks of one group.
-
-    Attributes
-    ----------
-    id : number in the sweep. group : "baseline" or an experiment. index : position in the group's ``status``.
-    sample : position along ``sample``. start, stop : window along the group's first axis.
-    """
-
-    id: int
-    group: str
-    index: int
-    sample: int
-    start: int = 0
-    stop: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,34 +90,27 @@ class Plan:
         per_position = math.prod(grid.shape[1:]) * computed_cells(grid) / grid.cells
         return min(grid.shape[0], max(1, round(self.config.unit_cells / per_position)))
 
-    def windows(self, grid: Grid) -> int:
-        """Return the number of units that one sample of a grid is cut into."""
-        return math.ceil(grid.shape[0] / self.window(grid)) if grid.shape else 1
+    @cached_property
+    def layout(self) -> Layout:
+        """The units of the sweep, by number."""
+        groups = tuple(
+            Windows(
+                group=grid.experiment.name,
+                extent=grid.shape[0] if grid.shape else 1,
+                width=self.window(grid),
+                verifies=grid.experiment.screen is not None,
+            )
+            for grid in self.grids
+        )
+        return Layout(len(self.samples), groups)
 
     def group_units(self, group: str) -> int:
         """Return the length of a group's ``status``."""
-        return len(self.samples) * (1 if group == BASELINE else self.windows(self.by_name[group]))
+        return self.layout.group_units(group)
 
     def units(self) -> Iterator[Unit]:
-        """Yield every unit, all units of a sample together so that its recorded runs are reused.
-
-        A baseline unit screens as well, and the units that verify cells come after all of them.
-        """
-        number = 0
-        for verifying, s in itertools.product((False, True), range(len(self.samples))):
-            if not verifying:
-                yield Unit(id=number, group=BASELINE, index=s, sample=s)
-                number += 1
-            for grid in self.grids:
-                if (grid.experiment.screen is not None) != verifying:
-                    continue
-                width, count = self.window(grid), self.windows(grid)
-                for w in range(count):
-                    stop = min((w + 1) * width, grid.shape[0] if grid.shape else 1)
-                    yield Unit(
-                        id=number, group=grid.experiment.name, index=s * count + w, sample=s, start=w * width, stop=stop
-                    )
-                    number += 1
+        """Yield every unit in the order in which they run; see ``Layout``."""
+        return iter(self.layout)
 
     @property
     def screened(self) -> list[Grid]:
@@ -149,8 +125,34 @@ class Plan:
         """Return the number of cells of a unit, expected if they are yet to be chosen; a baseline has two, its runs."""
         if unit.group == BASELINE:
             return len(RUNS)
-        grid = self.by_name[unit.group]
-        return round((unit.stop - unit.start) * math.prod(grid.shape[1:]) * computed_cells(grid) / grid.cells)
+        return self.window_cells(unit.group, unit.start, unit.stop)
+
+    def window_cells(self, group: str, start: int, stop: int) -> int:
+        """Return the number of cells of a window, expected if they are yet to be chosen."""
+        grid = self.by_name[group]
+        return round((stop - start) * math.prod(grid.shape[1:]) * computed_cells(grid) / grid.cells)
+
+    def unit_forwards(self, unit: Unit) -> int:
+        """Return the row-forwards of a unit, expected if its cells are yet to be chosen; alike for every sample."""
+        if unit.group == BASELINE:
+            return 2 * self.geometry.steps * len(self.geometry.branches) + self.screening_forwards()
+        return self._window_forwards[unit.group][unit.start // self.window(self.by_name[unit.group])]
+
+    @cached_property
+    def _window_forwards(self) -> dict[str, list[int]]:
+        return {
+            name: [self._forwards_of(grid, *bounds) for bounds in self._bounds(grid)]
+            for name, grid in self.by_name.items()
+        }
+
+    def _bounds(self, grid: Grid) -> list[tuple[int, int]]:
+        windows = self.layout.windows(grid.experiment.name)
+        return [windows.bounds(window) for window in range(windows.count)]
+
+    def _forwards_of(self, grid: Grid, start: int, stop: int) -> int:
+        rows = list(grid.interventions(range(start, stop)))
+        rows = _spread(rows, computed_cells(grid) / grid.cells)
+        return sum(self.batch_forwards([rows[i] for i in batch]) for batch in self.batches(rows))
 
     def interventions(self, unit: Unit) -> list[Intervention]:
         """Return the interventions of a unit's cells, in C order."""
@@ -168,11 +170,7 @@ class Plan:
         cells = stored = 0
         for grid in self.grids:
             cells, stored = cells + computed_cells(grid), stored + grid.cells
-            for start in range(0, grid.shape[0] if grid.shape else 1, self.window(grid)):
-                stop = min(start + self.window(grid), grid.shape[0] if grid.shape else 1)
-                rows = list(grid.interventions(range(start, stop)))
-                rows = _spread(rows, computed_cells(grid) / grid.cells)
-                forwards += sum(self.batch_forwards([rows[i] for i in batch]) for batch in self.batches(rows))
+            forwards += sum(self._window_forwards[grid.experiment.name])
         # Runs from other initial noise are nobody's baseline; those of other problems are recorded for their own.
         seeds = {
             (r.sample, r.seed) for g in self.grids for c in g.readers() for r in c.references(self.geometry) if r.seed
@@ -184,7 +182,7 @@ class Plan:
         estimates = sum(grid.cells for grid in self.screened)
         return Cost(
             cells=cells * n,
-            units=sum(self.group_units(g) for g in (BASELINE, *self.by_name)),
+            units=len(self.layout),
             row_forwards=forwards * n,
             naive_row_forwards=(stored + 2) * n * self.geometry.steps * branches,
             bytes=4 * n * (len(self.metrics) * (stored + 2 * (self.geometry.steps + 1)) + estimates)

@@ -8,13 +8,25 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
+from cluster.events import (
+    Event,
+    PoolDraining,
+    PoolWaiting,
+    ReplicaLost,
+    ReplicaReleased,
+    UnitDone,
+    UnitFailed,
+    UnitRetried,
+    UnitStarted,
+)
 from pipeline.plan import Unit
 from pipeline.redaction import redact
 from pipeline.wording import plain
 
 PLAIN_SECONDS = 10.0
 """How often a line is printed where there is no terminal."""
+WAITING_SECONDS = 60.0
+"""How often it is said that there is no replica, unless the reason changes."""
 
 
 class SweepProgress:
@@ -24,6 +36,7 @@ class SweepProgress:
         self.console = console or Console(stderr=True)
         self.total = self.done = self.cells = self.failed_cells = self.total_cells = 0
         self._started = self._last_line = time.monotonic()
+        self._waiting, self._said_waiting = "", 0.0
         self._live = self.console.is_terminal
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -65,9 +78,32 @@ class SweepProgress:
             self._say(f"unit {event.unit} failed after {event.attempts} attempts: {event.error}")
         elif isinstance(event, UnitRetried):
             self._say(f"unit {event.unit} will be tried again: {event.error}")
-        elif isinstance(event, ReplicaLost):
-            self._say(f"replica {event.replica} was lost: {event.error}")
+        elif text := self._told(event):
+            self._say(text)
         self._line()
+
+    def _told(self, event: Event) -> str | None:
+        """Return the sentence on an event of replicas or of the pool, if it deserves one."""
+        match event:
+            case UnitStarted(copy=True):
+                return f"unit {event.unit} takes long: replica {event.replica} runs a copy of it"
+            case ReplicaLost():
+                again = "" if event.again_in_s is None else f"; it starts again in {event.again_in_s:.0f} s"
+                return f"replica {event.replica} was lost: {event.error}{again}"
+            case ReplicaReleased():
+                return f"replica {event.replica} was released: {event.reason}"
+            case PoolDraining():
+                return f"draining: {event.units} running units have {event.limit_s:.0f} s to finish"
+            case PoolWaiting() if self._is_news(event):
+                return f"waiting for a replica since {event.seconds:.0f} s: {event.reason}"
+        return None
+
+    def _is_news(self, event: PoolWaiting) -> bool:
+        now = time.monotonic()
+        if event.reason == self._waiting and now - self._said_waiting < WAITING_SECONDS:
+            return False
+        self._waiting, self._said_waiting = event.reason, now
+        return True
 
     def _line(self) -> None:
         now = time.monotonic()

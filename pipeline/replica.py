@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from interventions.kinds.patch import Patch
 from interventions.record import Fork, Record
 from interventions.screen import screen
 from interventions.sites import RUNS
+from pipeline import gpu_memory
 from pipeline.config import SweepConfig
 from pipeline.experiment import Grid
 from pipeline.metrics.metric import Metric, MetricInput, no_video
@@ -43,6 +44,7 @@ class Receipt:
     ----------
     cells : cells computed. failed : cells with a value that is not finite, stored as NaN.
     bytes : written, uncompressed. row_forwards : denoiser forwards of one row each.
+    gpu_bytes : peak GPU memory while the unit ran, 0 without GPU.
     """
 
     cells: int
@@ -50,6 +52,7 @@ class Receipt:
     bytes: int
     row_forwards: int
     seconds: float
+    gpu_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -173,7 +176,7 @@ class Replica:
 
     Parameters
     ----------
-    config : the sweep config as JSON-able data. store : path that every node sees.
+    config : the sweep config as JSON-able data. store : address of the store, which every node sees.
     permissions : what the command line allowed.
     """
 
@@ -184,11 +187,12 @@ class Replica:
         parsed = SweepConfig.model_validate(config)
         torch.set_num_threads(parsed.engine.threads)
         self.plan = make_plan(parsed, checked=True, permissions=permissions)
-        self.store = Store(Path(store))
+        self.store = Store(store)
         if parsed.hash() != self.store.config_hash:
             raise StoreError(f"store {store} holds another config than this replica sees: an image of it differs here.")
         model = parsed.model
         pipe = load_pipeline(self.plan.model, dtype=model.dtype, device=model.device, device_map=model.device_map)
+        self.hardware = _hardware(pipe)
         self.computer = Computer(self.plan, pipe)
         require_controls(
             self.computer.engine, self.plan.task.inputs(pipe, self.plan.samples[0], self.plan.config.sampler)
@@ -197,8 +201,10 @@ class Replica:
     def run(self, unit: Unit) -> Receipt:
         """Compute one unit and write its region; the same unit always writes the same bytes."""
         started = time.perf_counter()
+        gpu_memory.reset_peak()
         receipt = self._baseline(unit) if unit.group == BASELINE else self._cells(unit)
-        return replace(receipt, seconds=round(time.perf_counter() - started, 4))
+        seconds = round(time.perf_counter() - started, 4)
+        return replace(receipt, seconds=seconds, gpu_bytes=gpu_memory.peak())
 
     def _baseline(self, unit: Unit) -> Receipt:
         values = self.computer.baseline(unit.sample)
@@ -232,6 +238,15 @@ class Replica:
         if chosen is None:
             raise StoreError(f"the cells of {unit.group} to verify are not chosen yet. Screen every sample first.")
         return chosen
+
+
+def _hardware(pipe: Any) -> str:
+    """Name what a pipeline computes on; equal names promise equal bits."""
+    import torch
+
+    if pipe.device.type == "cuda":
+        return str(torch.cuda.get_device_name(pipe.device))
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _with_given_frames(record: Record, estimate: Any) -> Any:

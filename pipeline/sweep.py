@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-import functools
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from cluster import Executor, InlinePool, PoolError, PoolOptions, WorkUnit
+from cluster import Executor, WorkUnit
 from cluster.events import Event, ReplicaLost, UnitDone, UnitFailed, UnitRetried
-from pipeline.outcomes import outcome
-from pipeline.plan import BASELINE, Plan, Unit
+from pipeline.executors import MakeExecutor, inline_executor
+from pipeline.layout import BASELINE, Unit
+from pipeline.ledger import Ledger
+from pipeline.plan import Plan
 from pipeline.redaction import redact
 from pipeline.screening import mean_over_samples, select
-from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, Store, consolidate, open_or_create
+from pipeline.stopping import Stopping
+from pipeline.store import (
+    DONE,
+    FAILED,
+    PENDING,
+    Journal,
+    Lease,
+    Place,
+    Store,
+    StoreError,
+    consolidate,
+    locate,
+    open_or_create,
+)
 
-FLUSH_SECONDS = 2.0
-"""How often the driver writes status; units finished since then are recovered from the journal."""
+ERRORS_KEPT = 100
+"""Messages of failed units that a result holds; the journal has them all."""
+
+Observer = Callable[[Event, Unit | None], None]
+
+
+def _silent(text: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,8 +47,9 @@ class SweepResult:
     ----------
     done, failed, pending : units of the whole store. computed : units finished by this call.
     failed_cells : cells without a finite value, over the whole store as far as this call and the journal know.
+    stopped : why the sweep ended before its last unit, if it did.
     unscreened : samples whose baseline raised, so that they have no estimates either.
-    errors : one message for each unit that failed for good.
+    errors : one message for each unit that failed for good, the first hundred of them.
     """
 
     done: int = 0
@@ -44,63 +57,24 @@ class SweepResult:
     pending: int = 0
     computed: int = 0
     failed_cells: int = 0
-    interrupted: bool = False
+    stopped: str | None = None
     unscreened: int = 0
     errors: list[str] = field(default_factory=list)
 
-
-class Ledger:
-    """Status of every unit: read from status arrays and journal, written back by the driver alone."""
-
-    def __init__(self, store: Store, plan: Plan) -> None:
-        self.store = store
-        self.groups = (BASELINE, *plan.by_name)
-        self.status: dict[str, NDArray[np.uint8]] = {g: store.status(g) for g in self.groups}
-        self.failed_cells: dict[tuple[str, int], int] = {}
-        self._dirty: set[str] = set()
-        self._flushed = time.monotonic()
-        self._recover(Journal(store.path))
-
-    def _recover(self, journal: Journal) -> None:
-        for ended in map(outcome, journal.entries()):
-            if ended is not None and ended.group in self.status and ended.index < len(self.status[ended.group]):
-                self.mark(ended.group, ended.index, FAILED if ended.failed else DONE, ended.failed_cells)
-
-    def mark(self, group: str, index: int, status: int, failed_cells: int = 0) -> None:
-        """Set one unit's status."""
-        if self.status[group][index] != status:
-            self.status[group][index] = status
-            self._dirty.add(group)
-        self.failed_cells[group, index] = failed_cells
-
-    def pending(self, unit: Unit) -> bool:
-        """Whether a unit still has to run; failed units are tried again by a new call."""
-        return bool(self.status[unit.group][unit.index] != DONE)
-
-    def count(self, status: int) -> int:
-        """Count units with a status."""
-        return sum(int((s == status).sum()) for s in self.status.values())
-
-    def flush(self, *, force: bool = False) -> None:
-        """Write changed status arrays, at most every ``FLUSH_SECONDS`` unless forced."""
-        if not force and time.monotonic() - self._flushed < FLUSH_SECONDS:
-            return
-        for group in sorted(self._dirty):
-            self.store.write_status(group, self.status[group])
-        self._dirty.clear()
-        self._flushed = time.monotonic()
-
-
-Observer = Callable[[Event, Unit | None], None]
+    @property
+    def interrupted(self) -> bool:
+        """Whether the sweep was told to stop before its end."""
+        return self.stopped is not None
 
 
 def run_sweep(
     plan: Plan,
-    path: Path,
+    place: Place,
     *,
-    make_executor: Callable[[Plan, Path], Executor] | None = None,
+    make_executor: MakeExecutor = inline_executor,
     observe: Observer | None = None,
     on_start: Callable[[int, int, int], None] | None = None,
+    say: Callable[[str], None] = _silent,
 ) -> SweepResult:
     """Run every unit of a plan that the store does not hold yet.
 
@@ -108,201 +82,153 @@ def run_sweep(
     ----------
     make_executor : builds the pool once the store exists; the default runs in this process.
     observe : called with every event and its unit. on_start : called with units to run, units in all,
-        and cells to run.
+        and cells to run. say : told about earlier drivers, repairs and reasons to stop.
 
     Raises
     ------
-    StoreError : see ``open_or_create``; also if another process drives the store.
+    StoreError : see ``open_or_create``; also if another process drives the store, or it cannot be written any more.
+    PoolError : see ``cluster``; everything that was finished before is safe.
     """
-    store = open_or_create(path, plan)
-    lock = DriverLock(path)
-    lock.acquire()
+    location = locate(place)
+    store = open_or_create(location, plan)
+    lease = Lease(location, say=say)
+    lease.acquire()
+    journal = Journal(location, lease.generation)
     try:
         store.sweep_partial_files()
-        ledger, journal = Ledger(store, plan), Journal(path)
-        todo = [unit for unit in plan.units() if ledger.pending(unit)]
-        cells = functools.partial(_cells_of, store, plan)
+        ledger = Ledger(store, plan, journal, lease)
+        stopping = Stopping(location, lease.generation, plan.config.run.notices)
+        drive = _Drive(plan, store, ledger, journal, stopping, observe)
+        units, cells = ledger.todo()
         if on_start is not None:
-            on_start(len(todo), sum(len(s) for s in ledger.status.values()), sum(map(cells, todo)))
-        result = SweepResult()
-        if todo:
-            executor = (make_executor or inline_executor)(plan, path)
-            try:
-                for units in _phases(todo, plan):
-                    if units and _may_start(store, plan, units, result):
-                        _drive(executor, units, ledger, journal, result, observe, cells)
-            finally:
-                ledger.flush(force=True)
-                executor.close()
+            on_start(units, len(ledger), cells)
+        if units:
+            # Made first, as connecting to Ray sets a handler of its own for SIGTERM.
+            executor = make_executor(plan, location)
+            with stopping.on_signals(plan.config.run.drain_s, say):
+                drive.all(executor)
         ledger.flush(force=True)
-        judged = not result.interrupted and _judge(path, plan, again=bool(todo))
-        if todo or judged:
-            consolidate(path)
-        return _summarise(result, ledger)
+        judged = not drive.result.interrupted and _judge(location, plan, again=bool(units))
+        if units or judged:
+            consolidate(location)
+        return _summarise(drive.result, ledger)
     finally:
-        lock.release()
+        journal.close()
+        lease.release()
 
 
-def _cells_of(store: Store, plan: Plan, unit: Unit) -> int:
-    chosen = store.chosen(unit.group, unit.start, unit.stop) if plan.verifies(unit) else None
-    return plan.unit_cells(unit) if chosen is None else int(chosen.sum())
+class _Drive:
+    """One call of ``run_sweep`` while it hands out units: what it does with every event."""
 
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        ledger: Ledger,
+        journal: Journal,
+        stopping: Stopping,
+        observe: Observer | None,
+    ) -> None:
+        self.result = SweepResult()
+        self._plan, self._store, self._ledger, self._journal = plan, store, ledger, journal
+        self._stopping, self._observe = stopping, observe
 
-def _phases(todo: list[Unit], plan: Plan) -> tuple[list[Unit], list[Unit]]:
-    """Part units in those that verify chosen cells and those that come before, as every sample is screened first."""
-    return [u for u in todo if not plan.verifies(u)], [u for u in todo if plan.verifies(u)]
+    def all(self, executor: Executor) -> None:
+        """Run what is pending: first what screens, then what verifies, as every sample is screened before."""
+        try:
+            for numbers in (self._plan.layout.screening, self._plan.layout.verifying):
+                if self._may_start(numbers):
+                    self._some(executor, numbers)
+            self._ledger.flush(force=True)
+        except BaseException:
+            # Whatever ends the sweep, units that are done should not run again; it may be the storage that fails.
+            with suppress(OSError, StoreError):
+                self._ledger.flush(force=True)
+            raise
+        finally:
+            executor.close()
 
+    def _some(self, executor: Executor, numbers: range) -> None:
+        units = (
+            WorkUnit(id=unit.id, locality=unit.sample, payload=unit, weight=self._plan.unit_forwards(unit))
+            for unit in self._ledger.pending(numbers)
+        )
+        try:
+            finished = executor.run(units, self._on_event, self._stopping)
+        except KeyboardInterrupt:
+            self.result.stopped = self._stopping.reason or "Ctrl-C"
+        else:
+            self.result.stopped = None if finished else self._stopping() or "it was told to"
 
-def _may_start(store: Store, plan: Plan, units: list[Unit], result: SweepResult) -> bool:
-    """Whether these units can run now; before the first that verify, the cells are chosen from what is stored."""
-    if result.interrupted or not plan.verifies(units[0]):
-        return not result.interrupted
-    for grid in plan.screened:
-        name, settings = grid.experiment.name, grid.experiment.screen
+    def _may_start(self, numbers: range) -> bool:
+        """Whether these units can run now; before the first that verify, the cells are chosen from what is stored."""
+        if self.result.interrupted or next(self._ledger.pending(numbers), None) is None:
+            return False
+        return numbers == self._plan.layout.screening or all(self._choose(name) for name in self._screened())
+
+    def _screened(self) -> Iterator[str]:
+        return (grid.experiment.name for grid in self._plan.screened)
+
+    def _choose(self, name: str) -> bool:
+        """Choose the cells of a screened experiment that are verified, unless they are chosen."""
+        settings = self._plan.by_name[name].experiment.screen
         assert settings is not None
-        if store.chosen(name, 0, grid.shape[0] if grid.shape else 1) is None:
-            if result.unscreened:
-                # Chosen without them, the cells would depend on what happened to fail.
-                result.errors.append(f"{name}: cells are verified once {result.unscreened} more samples are screened")
-                return False
-            store.write_selection(name, select(mean_over_samples(store.estimates(name)), settings))
-    return True
+        if self._store.chosen(name, 0, self._plan.layout.windows(name).extent) is not None:
+            return True
+        if self.result.unscreened:
+            # Chosen without them, the cells would depend on what happened to fail.
+            text = f"{name}: cells are verified once {self.result.unscreened} more samples are screened"
+            self.result.errors.append(text)
+            return False
+        self._store.write_selection(name, select(mean_over_samples(self._store.estimates(name)), settings))
+        return True
+
+    def _on_event(self, event: Event) -> None:
+        number = getattr(event, "unit", None)
+        unit = self._plan.layout.unit(number) if number is not None else None
+        if isinstance(event, UnitDone) and unit is not None:
+            self._done(event, unit)
+        elif isinstance(event, UnitFailed) and unit is not None:
+            self._failed(event, unit)
+        elif isinstance(event, UnitRetried | ReplicaLost):
+            self._journal.append(unit=number, replica=event.replica, retried=redact(event.error))
+        self._ledger.flush()
+        if self._observe is not None:
+            self._observe(event, unit)
+
+    def _done(self, event: UnitDone, unit: Unit) -> None:
+        receipt = event.receipt.as_dict()
+        self._journal.append(
+            unit=unit.id, group=unit.group, index=unit.index, replica=event.replica, attempt=event.attempt, **receipt
+        )
+        self._ledger.done(unit, receipt["failed"])
+        self.result.computed += 1
+
+    def _failed(self, event: UnitFailed, unit: Unit) -> None:
+        self._journal.append(
+            unit=unit.id,
+            group=unit.group,
+            index=unit.index,
+            attempts=event.attempts,
+            error=redact(event.error),
+            failed=self._ledger.cells(unit),
+        )
+        self._ledger.failed(unit)
+        self.result.unscreened += unit.group == BASELINE
+        if len(self.result.errors) < ERRORS_KEPT:
+            self.result.errors.append(f"unit {unit.id} ({unit.group}, sample {unit.sample}): {event.error}")
 
 
-def _judge(path: Path, plan: Plan, *, again: bool) -> bool:
+def _judge(place: Place, plan: Plan, *, again: bool) -> bool:
     """Compare estimates and verified effects of every screened experiment in its attributes; return whether it did."""
     if not plan.screened:
         return False
     from pipeline.effects.agreement import write_agreement
 
-    return sum(write_agreement(path, grid.experiment.name, again=again) for grid in plan.screened) > 0
-
-
-def _drive(
-    executor: Executor,
-    todo: list[Unit],
-    ledger: Ledger,
-    journal: Journal,
-    result: SweepResult,
-    observe: Observer | None,
-    cells: Callable[[Unit], int],
-) -> None:
-    units = {unit.id: unit for unit in todo}
-
-    def on_event(event: Event) -> None:
-        unit = units.get(getattr(event, "unit", -1))
-        if isinstance(event, UnitDone) and unit is not None:
-            receipt = event.receipt.as_dict()
-            journal.append(
-                unit=unit.id,
-                group=unit.group,
-                index=unit.index,
-                replica=event.replica,
-                attempt=event.attempt,
-                **receipt,
-            )
-            ledger.mark(unit.group, unit.index, FAILED if receipt["failed"] else DONE, receipt["failed"])
-            result.computed += 1
-        elif isinstance(event, UnitFailed) and unit is not None:
-            journal.append(
-                unit=unit.id,
-                group=unit.group,
-                index=unit.index,
-                attempts=event.attempts,
-                error=redact(event.error),
-                failed=cells(unit),
-            )
-            ledger.mark(unit.group, unit.index, FAILED, cells(unit))
-            result.unscreened += unit.group == BASELINE
-            result.errors.append(f"unit {unit.id} ({unit.group}, sample {unit.sample}): {event.error}")
-        elif isinstance(event, UnitRetried | ReplicaLost):
-            journal.append(unit=getattr(event, "unit", None), replica=event.replica, retried=redact(event.error))
-        ledger.flush()
-        if observe is not None:
-            observe(event, unit)
-
-    with _terminate_as_interrupt():
-        try:
-            executor.run((WorkUnit(id=u.id, locality=u.sample, payload=u) for u in todo), on_event)
-        except KeyboardInterrupt:
-            result.interrupted = True
+    return sum(write_agreement(place, grid.experiment.name, again=again) for grid in plan.screened) > 0
 
 
 def _summarise(result: SweepResult, ledger: Ledger) -> SweepResult:
     result.done, result.failed, result.pending = (ledger.count(s) for s in (DONE, FAILED, PENDING))
-    result.failed_cells = sum(ledger.failed_cells.values())
+    result.failed_cells = ledger.failed_cells
     return result
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that a preempted sweep leaves a flushed, resumable store."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def pool_options(plan: Plan) -> PoolOptions:
-    """Return the pool options that a config asks for."""
-    run = plan.config.run
-    return PoolOptions(
-        replicas=max(1, run.replicas),
-        cpus_per_replica=run.cpus_per_replica,
-        gpus_per_replica=run.gpus_per_replica,
-        max_attempts=run.max_attempts,
-    )
-
-
-def _factory(plan: Plan, path: Path) -> Callable[[], Any]:
-    from pipeline.replica import Replica
-
-    return functools.partial(Replica, plan.config.model_dump(mode="json"), str(path.resolve()), plan.permissions)
-
-
-def inline_executor(plan: Plan, path: Path) -> Executor:
-    """Run units in this process, without Ray."""
-    return InlinePool(_factory(plan, path), pool_options(plan))
-
-
-def ray_executor(plan: Plan, path: Path) -> Executor:
-    """Run units on Ray actors: the cluster at ``RAY_ADDRESS`` if that is set, else a local one started here."""
-    import logging
-    import os
-
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    # Replicas inherit these: glibc would otherwise give every forward's buffers back to the system.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000000")
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "2000000000")
-    import ray
-
-    from cluster.pool import RayPool
-
-    if not ray.is_initialized():
-        if address := os.environ.get("RAY_ADDRESS"):
-            try:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-                raise PoolError(
-                    f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. "
-                    "Start it, or unset RAY_ADDRESS to run on this machine."
-                ) from error
-        else:
-            run = plan.config.run
-            ray.init(
-                address="local",
-                num_cpus=max(1, round(run.replicas * run.cpus_per_replica)),
-                object_store_memory=100 * 2**20,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    return RayPool(_factory(plan, path), pool_options(plan))

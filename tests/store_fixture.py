@@ -87,7 +87,8 @@ def write_store(
         _write_experiment(path, shape, name, array, rng, failures=failures)
     # Files of the driver lie beside the arrays and must disturb no reader.
     (path / "journal.jsonl").write_text('{"unit": 0}\n')
-    (path / "driver.lock").write_text("")
+    (path / "lease").mkdir()
+    (path / "lease" / "000001.json").write_text("{}")
     consolidate(path)
     return Planted(
         path=path,

@@ -11,6 +11,7 @@ import yaml
 import zarr
 
 from pipeline.embedded.build import build_pipeline, save_pipeline
+from pipeline.store import Place, locate
 
 STEPS = 4
 
@@ -62,13 +63,13 @@ def write_config(path: Path, raw: dict[str, Any]) -> Path:
     return path
 
 
-def arrays(store: Path) -> dict[str, np.ndarray]:
+def arrays(store: Place) -> dict[str, np.ndarray]:
     """Read every array of a store by its path."""
-    root = zarr.open_group(str(store), mode="r")
+    root = zarr.open_group(locate(store).zarr(read_only=True), mode="r")
     return {name: np.asarray(item[...]) for name, item in root.members(max_depth=None) if isinstance(item, zarr.Array)}
 
 
-def assert_same_arrays(a: Path, b: Path) -> None:
+def assert_same_arrays(a: Place, b: Place) -> None:
     """Assert that two stores hold the same arrays, bit for bit."""
     left, right = arrays(a), arrays(b)
     assert left.keys() == right.keys()

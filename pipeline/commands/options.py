@@ -26,7 +26,7 @@ app = App(
 )
 
 Config = Annotated[Path, Parameter(help="YAML file that describes the sweep.")]
-StorePath = Annotated[Path, Parameter(help="Zarr store of a sweep.")]
+StorePath = Annotated[str, Parameter(help="Zarr store of a sweep: a folder, s3://BUCKET/NAME or gs://BUCKET/NAME.")]
 Set = Annotated[
     list[str] | None,
     Parameter(name="--set", negative="", help="Override a setting, as key.path=value; may be repeated."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,23 +13,34 @@ from pipeline.foreign import reading, require_plain
 
 
 @app.command
-def status(store: StorePath, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
-    """Show how much of a store is done, pending and failed.
+def status(
+    store: StorePath,
+    *,
+    address: Annotated[str | None, Parameter(help="Show a job of the Ray cluster whose dashboard is here.")] = None,
+    watch: Annotated[bool, Parameter(negative="", help="Show it live on a terminal until nothing is pending.")] = False,
+    every: Annotated[float, Parameter(help="Seconds between two looks of --watch.")] = 2.0,
+    as_json: Annotated[
+        bool, Parameter(name="--json", negative="", help="Print JSON; with --watch a line at every look.")
+    ] = False,
+) -> int:
+    """Show how much of a store is done, pending and failed, how fast it goes, and failures by cause; or a job's state.
 
-    Example: ``stepscope status runs/maze_demo.zarr``
+    Works while the sweep runs in another process, and after it has died.
+    Exit code 0: nothing has failed; 1: some units have.
+
+    Example: ``stepscope status runs/maze_demo.zarr --watch``
     """
-    from pipeline.status import summarise
+    from pipeline.commands.jobs import LOCAL, job_status, names_job
 
+    if address is not None or names_job(str(store)):
+        return job_status(str(store), address or os.environ.get("RAY_API_SERVER_ADDRESS", LOCAL), as_json=as_json)
+    from pipeline.watch import show
+
+    if not 0.1 <= every <= 86400:
+        raise UsageError(f"out of range: --every {every}. Use 0.1 to 86400 seconds.")
     with reading(store):
         require_plain(store, chunks=False)
-        rows = summarise(store)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print(f"{'group':>20} {'units':>7} {'done':>7} {'pending':>8} {'failed':>7}")
-        for row in rows:
-            print(f"{row['group']:>20} {row['units']:>7} {row['done']:>7} {row['pending']:>8} {row['failed']:>7}")
-    return FAILED if any(row["failed"] for row in rows) else OK
+        return FAILED if show(store, live=watch, every=every, as_json=as_json).total("failed") else OK
 
 
 @app.command
@@ -61,21 +72,22 @@ def report(
     store: StorePath,
     *,
     out: Annotated[
-        Path | None, Parameter(help="Folder for report.html and its PNGs; default STORE with suffix _report.")
+        Path | None, Parameter(help="Folder for report.html and its PNGs; default NAME_report beside STORE, or here.")
     ] = None,
 ) -> int:
     """Draw a store's effects as one HTML page that opens offline, and as PNG files.
 
     Example: ``stepscope report runs/maze_demo.zarr --out runs/demo_report``
     """
+    from pipeline.effects.experiment import group_names
     from pipeline.report import write_report
     from pipeline.store import open_store
 
     with reading(store):
         require_plain(store)
-        open_store(store)
-        if not (store / "effects").exists():
+        location = open_store(store).location
+        if "effects" not in group_names(location):
             raise UsageError(f"{store} has no effects yet. Run first: stepscope effects {store}")
-        page = write_report(store, out or store.with_name(store.stem + "_report"))
+        page = write_report(location, out or location.report_folder)
     print(f"Wrote {page}.")
     return OK

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ from pipeline.commands.options import (
     AllowPickledWeights,
     Config,
     Set,
+    UsageError,
     allowed,
     app,
     say,
@@ -25,48 +28,57 @@ from pipeline.commands.options import (
 from pipeline.permissions import NOTHING, Permissions
 
 if TYPE_CHECKING:
+    from pipeline.observers import Observer
     from pipeline.plan import Plan
+    from pipeline.store import Location
 
 
 @app.command
 def run(
     config: Config,
     *,
-    store: Annotated[Path | None, Parameter(help="Where results go; default runs/NAME.zarr.")] = None,
+    store: Annotated[
+        str | None, Parameter(help="Where results go: a folder, s3://... or gs://...; default runs/NAME.zarr.")
+    ] = None,
     set_: Set = None,
     replicas: Annotated[
         int | None, Parameter(converter=whole_number, help="Model replicas; 0 runs in this process without Ray.")
     ] = None,
+    metrics_port: Annotated[
+        int | None, Parameter(converter=whole_number, help="Serve Prometheus metrics at this port; 0 for a free one.")
+    ] = None,
+    metrics_host: Annotated[str, Parameter(help="Address that the metrics are served at.")] = "127.0.0.1",
     allow_metric: AllowMetric = None,
     allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
     """Run a sweep, or the rest of one: the same command resumes an interrupted store.
 
     Replicas are Ray actors on this machine, or on the cluster named by RAY_ADDRESS.
+    Ctrl-C, SIGTERM and `stepscope cancel` let the units in flight finish; once more stops at once.
     Exit code 0: every cell has a value; 1: some failed; 2: bad input; 130: interrupted.
 
     Example: ``stepscope run configs/maze_demo.yaml --store runs/demo.zarr --set sampler.steps=10``
     """
+    from pipeline.executors import inline_executor, ray_executor
     from pipeline.foreign import require_sound
-    from pipeline.progress import SweepProgress
-    from pipeline.sweep import inline_executor, ray_executor, run_sweep
+    from pipeline.sweep import run_sweep
 
-    plan, path = bind(config, set_ or [], store, replicas, allowed(allow_metric, allow_pickled_weights))
-    require_sound(path, plan)
+    plan, place = bind(config, set_ or [], store, replicas, allowed(allow_metric, allow_pickled_weights))
+    require_sound(place, plan)
     executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
-    with SweepProgress() as progress:
-        result = run_sweep(plan, path, make_executor=executor, observe=progress.observe, on_start=progress.start)
+    with watched(metrics_port, metrics_host) as (observe, on_start):
+        result = run_sweep(plan, place, make_executor=executor, observe=observe, on_start=on_start, say=say)
     if result.interrupted:
-        say(f"Interrupted: {result.done} units are safe in {path}, {result.pending} are left.")
+        say(f"Interrupted ({result.stopped}): {result.done} units are safe in {place}, {result.pending} are left.")
         say(f"Resume with: {_again()}")
         return INTERRUPTED
     if result.failed:
-        say(f"{result.failed} units hold failures: {result.failed_cells} cells have no finite value (NaN in {path}).")
+        say(f"{result.failed} units hold failures: {result.failed_cells} cells have no finite value (NaN in {place}).")
         for text in result.errors[:5]:
             say(f"  {text}")
         say("Running the same command tries them again.")
         return FAILED
-    say(f"Done: {result.done} units in {path} ({result.computed} computed now).")
+    say(f"Done: {result.done} units in {place} ({result.computed} computed now).")
     return OK
 
 
@@ -84,7 +96,7 @@ def plan(
 
     Example: ``stepscope plan configs/maze_demo.yaml --set task.mazes=100``
     """
-    planned, path = bind(config, set_ or [], None, None, allowed(allow_metric, allow_pickled_weights))
+    planned, place = bind(config, set_ or [], None, None, allowed(allow_metric, allow_pickled_weights))
     cost = planned.cost()
     facts: dict[str, Any] = {
         "name": planned.config.name,
@@ -96,7 +108,7 @@ def plan(
         "row_forwards": cost.row_forwards,
         "row_forwards_naive": cost.naive_row_forwards,
         "bytes": cost.bytes,
-        "store": str(path),
+        "store": str(place),
         "experiments": {g.experiment.name: dict(zip(g.dims, g.shape, strict=True)) for g in planned.grids},
     }
     if calibrate:
@@ -122,17 +134,49 @@ def plan(
 def bind(
     config: Path,
     overrides: list[str],
-    store: Path | None,
+    store: str | None,
     replicas: int | None,
     permissions: Permissions = NOTHING,
-) -> tuple[Plan, Path]:
+) -> tuple[Plan, Location]:
+    """Return the plan of a config, and where its results go."""
     from pipeline.config import load_config
     from pipeline.plan import make_plan
+    from pipeline.store import locate
 
+    place = locate(store) if store is not None else None
     if replicas is not None:
         overrides = [*overrides, f"run.replicas={replicas}"]
     loaded = load_config(config, overrides)
-    return make_plan(loaded, config, overrides, permissions=permissions), store or Path("runs") / f"{loaded.name}.zarr"
+    planned = make_plan(loaded, config, overrides, permissions=permissions)
+    return planned, place or locate(Path("runs") / f"{loaded.name}.zarr")
+
+
+@contextmanager
+def watched(metrics_port: int | None, metrics_host: str) -> Iterator[tuple[Observer, Callable[[int, int, int], None]]]:
+    """Yield what a sweep tells its events and its size: a progress bar, and Prometheus metrics if there is a port."""
+    from pipeline.observers import fan_out
+    from pipeline.progress import SweepProgress
+
+    with ExitStack() as open_:
+        if metrics_port is None:
+            progress = open_.enter_context(SweepProgress())
+            yield fan_out(progress.observe), progress.start
+            return
+        from pipeline.telemetry import MetricsServer, Telemetry, TelemetryError
+
+        telemetry = Telemetry()
+        try:
+            server = open_.enter_context(MetricsServer(telemetry, metrics_port, metrics_host))
+        except TelemetryError as error:
+            raise UsageError(str(error)) from error
+        say(f"Metrics are served at {server.url}")
+        progress = open_.enter_context(SweepProgress())
+
+        def start(todo: int, total: int, cells: int) -> None:
+            progress.start(todo, total, cells)
+            telemetry.start(todo, total, cells)
+
+        yield fan_out(progress.observe, telemetry.observe), start
 
 
 def _again() -> str:

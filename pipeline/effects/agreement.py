@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.effects.experiment import CellStates, Experiment, Floats, Recorded
 from pipeline.screening import DRAWN, ESTIMATE, EXACT, OPEN, VERIFIED, mean_over_samples
+from pipeline.store import Place, locate
 
 ATTRIBUTE = "agreement"
 METHOD = (
@@ -48,17 +48,17 @@ def agreement(experiment: Experiment, states: Mapping[str, CellStates]) -> dict[
     }
 
 
-def write_agreement(store_path: Path, name: str, *, again: bool) -> bool:
+def write_agreement(place: Place, name: str, *, again: bool) -> bool:
     """Write the agreement of one experiment into its attributes; return whether there was something to write.
 
     Parameters
     ----------
     again : also if it is there already.
     """
-    group = zarr.open_group(str(store_path), path=name, mode="r+", zarr_format=3, use_consolidated=False)
+    group = zarr.open_group(locate(place).zarr(), path=name, mode="r+", zarr_format=3, use_consolidated=False)
     if ATTRIBUTE in group.attrs and not again:
         return False
-    experiment, recorded = Experiment.open(store_path, name), Recorded.read(store_path, "sample")
+    experiment, recorded = Experiment.open(place, name), Recorded.read(place, "sample")
     metrics = [m for m in experiment.metrics if m in recorded.clean]
     found = agreement(experiment, {m: experiment.states(m, recorded, chunk_samples=64) for m in metrics})
     if found is None:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from pipeline.screening import ESTIMATE, EXACT, VERIFIED
 from pipeline.store import DONE as DONE
 from pipeline.store import FAILED as FAILED
 from pipeline.store import PENDING as PENDING
+from pipeline.store import Place, locate
 
 Unit = Literal["prompt", "sample"]
 Floats = NDArray[np.float64]
@@ -30,17 +30,17 @@ Floats = NDArray[np.float64]
 NOT_EXPERIMENTS = frozenset({"samples", "baseline", "previews", "effects"})
 
 
-def experiment_names(store_path: str | Path) -> list[str]:
+def experiment_names(place: Place) -> list[str]:
     """List the experiment groups of a store, sorted.
 
     Raises
     ------
     FileNotFoundError : there is no store at the path.
     """
-    return sorted(set(group_names(store_path)) - NOT_EXPERIMENTS)
+    return sorted(set(group_names(place)) - NOT_EXPERIMENTS)
 
 
-def group_names(store_path: str | Path, under: str = "") -> list[str]:
+def group_names(place: Place, under: str = "") -> list[str]:
     """List the groups directly in a store, or in one of its groups, from what is there now.
 
     Raises
@@ -48,9 +48,10 @@ def group_names(store_path: str | Path, under: str = "") -> list[str]:
     FileNotFoundError : there is no store at the path.
     """
     try:
-        group = zarr.open_group(str(store_path), path=under, mode="r", zarr_format=3, use_consolidated=False)
+        store = locate(place).zarr(read_only=True)
+        group = zarr.open_group(store, path=under, mode="r", zarr_format=3, use_consolidated=False)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no store at {store_path}. Give the folder that `stepscope run` wrote.") from error
+        raise FileNotFoundError(f"no store at {place}. Give the folder or URL of a run.") from error
     with no_zarr_warnings():
         return sorted(group.group_keys())
 
@@ -59,7 +60,7 @@ def group_names(store_path: str | Path, under: str = "") -> list[str]:
 def no_zarr_warnings() -> Iterator[None]:
     """Silence Zarr on two things that are so by design.
 
-    The journal and the driver's lock lie beside the arrays, and consolidated metadata, which spares every reader a
+    The journal and the driver's lease lie beside the arrays, and consolidated metadata, which spares every reader a
     warning, has no words in the Zarr v3 specification yet.
     """
     with warnings.catch_warnings():
@@ -77,19 +78,19 @@ class Recorded:
     corrupted: dict[str, Floats]
 
     @classmethod
-    def read(cls, store_path: str | Path, unit: Unit) -> Recorded:
+    def read(cls, place: Place, unit: Unit) -> Recorded:
         """Read samples and baseline; keys are (pair, unit).
 
         Raises
         ------
         ValueError : ``unit`` is not one of the two.
         """
-        samples = open_group(store_path, "samples").load()
+        samples = open_group(place, "samples").load()
         if unit not in ("prompt", "sample"):
             raise ValueError(f"unknown experimental unit: {unit!r}. Choose 'prompt' (seeds averaged) or 'sample'.")
         ids = samples["prompt"].values if unit == "prompt" else np.arange(samples.sizes["sample"])
         keys = tuple((str(p), str(i)) for p, i in zip(samples["pair"].values, ids, strict=True))
-        baseline = open_group(store_path, "baseline")
+        baseline = open_group(place, "baseline")
         runs = {run: i for i, run in enumerate(map(str, baseline["run"].values))}
         values = {
             str(name): np.asarray(array.values, dtype=np.float64)
@@ -149,9 +150,9 @@ class Experiment:
     dataset: xr.Dataset
 
     @classmethod
-    def open(cls, store_path: str | Path, name: str) -> Experiment:
+    def open(cls, place: Place, name: str) -> Experiment:
         """Open the group without loading its metrics."""
-        return cls(name, open_group(store_path, name))
+        return cls(name, open_group(place, name))
 
     @property
     def metrics(self) -> list[str]:
@@ -316,10 +317,11 @@ def _aligned(chunk_samples: int, array: xr.DataArray) -> int:
     return -(-chunk_samples // stored) * int(stored)
 
 
-def open_group(store_path: str | Path, name: str) -> xr.Dataset:
+def open_group(place: Place, name: str) -> xr.Dataset:
     """Open one group lazily, past the consolidated metadata, which may be older than the data."""
+    store = locate(place).zarr(read_only=True)
     # Format 2 has arrays of pickled objects.
-    dataset: xr.Dataset = xr.open_zarr(str(store_path), group=name, chunks=None, consolidated=False, zarr_format=3)
+    dataset: xr.Dataset = xr.open_zarr(store, group=name, chunks=None, consolidated=False, zarr_format=3)
     return dataset
 
 

@@ -6,12 +6,10 @@ import json
 import logging
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
-import zarr
 from dask.base import compute
 from dask.delayed import delayed
 from numpy.typing import NDArray
@@ -28,7 +26,7 @@ from pipeline.effects.experiment import (
     Unit,
     cell_blocks,
     experiment_names,
-    no_zarr_warnings,
+    group_names,
 )
 from pipeline.effects.inference import (
     SMALLEST_GAP,
@@ -41,6 +39,7 @@ from pipeline.effects.inference import (
 )
 from pipeline.effects.state import GroupedMoments, Key, Moments
 from pipeline.screening import DRAWN, ESTIMATE, EXACT
+from pipeline.store import CODEC, Place, consolidate, locate
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ class Settings:
 
 
 def compute_effects(
-    store_path: str | Path,
+    place: Place,
     *,
     unit: Unit = "prompt",
     replicates: int = 2000,
@@ -121,29 +120,28 @@ def compute_effects(
     """
     if not 0 < level < 1 or replicates < 1:
         raise ValueError(f"out of range: level {level}, replicates {replicates}. Need 0 < level < 1 <= replicates.")
-    names = experiment_names(store_path)
-    recorded = Recorded.read(store_path, unit)
+    names = experiment_names(place)
+    recorded = Recorded.read(place, unit)
     settings = Settings(unit=unit, replicates=replicates, seed=seed, level=level)
     written = []
     for name in names:
-        effects = estimate(Experiment.open(store_path, name), recorded, settings, chunk_samples=chunk_samples)
+        effects = estimate(Experiment.open(place, name), recorded, settings, chunk_samples=chunk_samples)
         if effects is not None:
-            written.append(_write(store_path, f"effects/{name}", effects))
-    _consolidate(store_path)
+            written.append(_write(place, f"effects/{name}", effects))
+    consolidate(place)
     return written
 
 
-def open_effects(store_path: str | Path) -> xr.DataTree:
+def open_effects(place: Place) -> xr.DataTree:
     """Open the effects of a store, one child per experiment.
 
     Raises
     ------
     FileNotFoundError : effects were not computed yet.
     """
-    root = Path(store_path) / "effects"
-    if "://" not in str(store_path) and not root.exists():
-        raise FileNotFoundError(f"no effects in {store_path}. Run `stepscope effects {store_path}` first.")
-    return xr.open_datatree(str(store_path), group="effects", engine="zarr")
+    if "effects" not in group_names(place):
+        raise FileNotFoundError(f"no effects in {place}. Run `stepscope effects {place}` first.")
+    return xr.open_datatree(locate(place).zarr(read_only=True), group="effects", engine="zarr")
 
 
 def estimate(
@@ -322,11 +320,7 @@ def _describe(metric: str, name: str, settings: Settings) -> dict[str, str]:
     return {"long_name": f"{prefix}{text.split(':')[0]}{suffix}", "units": "1", "description": prefix + text}
 
 
-def _write(store_path: str | Path, group: str, effects: xr.Dataset) -> str:
-    effects.to_zarr(str(store_path), group=group, mode="w", consolidated=False)
+def _write(place: Place, group: str, effects: xr.Dataset) -> str:
+    checked = {str(name): {"compressors": [CODEC]} for name in effects.variables}
+    effects.to_zarr(locate(place).zarr(), group=group, mode="w", consolidated=False, encoding=checked)
     return group
-
-
-def _consolidate(store_path: str | Path) -> None:
-    with no_zarr_warnings():
-        zarr.consolidate_metadata(str(store_path))

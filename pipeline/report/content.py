@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from pipeline.effects.experiment import NOT_EXPERIMENTS, group_names, open_group
 from pipeline.effects.inference import Interval, bootstrap_mean, resample_counts
 from pipeline.effects.maps import ALL_PAIRS
 from pipeline.effects.state import GroupedMoments, Key
+from pipeline.permissions import array_name
+from pipeline.store import Place, locate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,26 +40,27 @@ class Sweep:
     missing: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, store_path: str | Path) -> Sweep:
+    def read(cls, place: Place) -> Sweep:
         """Read a store.
 
         Raises
         ------
         FileNotFoundError : there is no store at the path.
         """
-        groups = set(group_names(store_path))
-        attrs = dict(zarr.open_group(str(store_path), mode="r", zarr_format=3, use_consolidated=False).attrs)
+        groups = set(group_names(place))
+        store = locate(place).zarr(read_only=True)
+        attrs = dict(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False).attrs)
         config = as_mapping(attrs.get("config_json"))
         names = in_order(groups - NOT_EXPERIMENTS, config.get("experiments", {}))
-        computed = set(group_names(store_path, "effects")) if "effects" in groups else set()
+        computed = set(group_names(place, "effects")) if "effects" in groups else set()
         return cls(
             attrs=attrs,
             config=config,
-            samples=open_group(store_path, "samples").load() if "samples" in groups else None,
-            baseline=open_group(store_path, "baseline").load() if "baseline" in groups else None,
-            previews=open_group(store_path, "previews") if "previews" in groups else None,
-            experiments={n: open_group(store_path, n) for n in names},
-            effects={n: open_group(store_path, f"effects/{n}").load() for n in names if n in computed},
+            samples=open_group(place, "samples").load() if "samples" in groups else None,
+            baseline=open_group(place, "baseline").load() if "baseline" in groups else None,
+            previews=open_group(place, "previews") if "previews" in groups else None,
+            experiments={n: open_group(place, n) for n in names},
+            effects={n: open_group(place, f"effects/{n}").load() for n in names if n in computed},
             missing=_missing(groups, names, computed),
         )
 
@@ -68,7 +70,7 @@ class Sweep:
         found = [n for n, v in (self.baseline or {}).items() if v.dims == ("sample", "run")]
         for effects in self.effects.values():
             found += effect_metrics(effects)
-        return in_order(set(map(str, found)), self.config.get("metrics", ()))
+        return in_order(set(map(str, found)), (array_name(str(name)) for name in self.config.get("metrics", ())))
 
     def long_name(self, metric: str) -> str:
         """Return a metric's label for axes and headings."""

@@ -15,6 +15,7 @@ from pipeline.report.figures import decision_curve, experiment_pictures
 from pipeline.report.films import film_strip, recipient_of, replayed_steps
 from pipeline.report.stylesheet import CSS
 from pipeline.report.views import SIGMA, fixed_text, main_estimand, view_of
+from pipeline.store import Place
 
 PAIRS_INLINE = 3
 FILMS_INLINE = 1
@@ -43,7 +44,7 @@ class Page:
         )
 
 
-def write_report(store_path: str | Path, out_dir: str | Path) -> Path:
+def write_report(place: Place, out_dir: str | Path) -> Path:
     """Write ``report.html`` with its figures, and the figures as PNG files beside it.
 
     Parts of the store that are missing or pending are named on the page, not refused.
@@ -56,7 +57,7 @@ def write_report(store_path: str | Path, out_dir: str | Path) -> Path:
     ------
     FileNotFoundError : there is no store at the path.
     """
-    sweep = Sweep.read(store_path)
+    sweep = Sweep.read(place)
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     page = Page(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 import zarr
 
 from pipeline.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, app, main
-from pipeline.store import Journal, open_store
+from pipeline.store import Journal, Lease, open_store
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run", "plan", "check", "status", "effects", "report", "models", "tasks", "interventions")
+COMMANDS = (
+    "run", "plan", "submit", "logs", "cancel", "check", "status", "effects", "report",
+    "models", "tasks", "interventions",
+)  # fmt: skip
 
 TINY = """\
 name: tiny
@@ -101,9 +105,32 @@ class TestHelp:
 
     def test_options_of_run_are_these(self, capsys):
         main(["run", "--help"])
-        assert set(re.findall(r"--[a-z]+", capsys.readouterr().out.split("Parameters")[1])) == {
-            "--config", "--store", "--set", "--replicas"
+        assert set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out.split("Parameters")[1])) == {
+            "--config", "--store", "--set", "--replicas", "--metrics-port", "--metrics-host"
         }  # fmt: skip
+
+    def test_options_of_status_are_these(self, capsys):
+        main(["status", "--help"])
+        assert set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out.split("Parameters")[1])) == {
+            "--store", "--watch", "--every", "--json"
+        }  # fmt: skip
+
+    def test_options_of_submit_are_these(self, capsys):
+        main(["submit", "--help"])
+        assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", capsys.readouterr().out.split("Parameters")[1])) == {
+            "--config", "--address", "--store", "--set", "--replicas", "--working-dir", "--env", "--wait", "--follow"
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("command", "options"),
+        [
+            ("logs", {"--job", "--address", "--set", "--follow"}),
+            ("cancel", {"--target", "--address", "--set"}),
+        ],
+    )
+    def test_options_for_jobs_are_these(self, capsys, command, options):
+        main([command, "--help"])
+        assert set(re.findall(r"--[a-z]+", capsys.readouterr().out.split("Parameters")[1])) == options
 
 
 class TestCommandLine:
@@ -363,14 +390,12 @@ class TestBadStore:
         assert "holds another config. Differing: sampler.steps is 3 in the store, 4 in the config." in captured
 
     def test_store_that_another_process_drives(self, finished, capsys):
-        from pipeline.store import DriverLock
-
-        lock = DriverLock(finished / "run.zarr")
-        lock.acquire()
+        lease = Lease(finished / "run.zarr")
+        lease.acquire()
         try:
             assert main(["run", str(finished / "c.yaml"), "--store", str(finished / "run.zarr")]) == BAD_INPUT
         finally:
-            lock.release()
+            lease.release()
         assert "is being driven by process" in capsys.readouterr().err
 
     @pytest.mark.parametrize("option", [["--replicates", "0"], ["--replicates=-1"], ["--seed=-1"]], ids="".join)
@@ -394,11 +419,11 @@ class TestBadStore:
         import pipeline.report
 
         monkeypatch.setattr(pipeline.report, "write_report", refuse)
-        (finished / "run.zarr" / "effects").mkdir()
+        zarr.open_group(str(finished / "run.zarr"), use_consolidated=False).create_group("effects")
         try:
             code = main(["report", str(finished / "run.zarr"), "--out", str(finished / "c.yaml")])
         finally:
-            (finished / "run.zarr" / "effects").rmdir()
+            shutil.rmtree(finished / "run.zarr" / "effects")
         assert code == BAD_INPUT
         captured = capsys.readouterr().err
         assert (
@@ -443,23 +468,27 @@ class TestPlan:
 class TestRun:
     def test_finished_store_is_done(self, finished, capsys):
         assert main(["status", str(finished / "run.zarr"), "--json"]) == OK
-        rows = json.loads(capsys.readouterr().out)
-        assert rows == [
-            {"group": "baseline", "units": 1, "done": 1, "pending": 0, "failed": 0},
-            {"group": "map", "units": 1, "done": 1, "pending": 0, "failed": 0},
+        told = json.loads(capsys.readouterr().out)
+        counts = {"units": 1, "done": 1, "pending": 0, "failed": 0}
+        assert told["groups"] == [
+            {"group": "baseline", **counts, "cells": 2, "cells_done": 2, "cells_pending": 0},
+            {"group": "map", **counts, "cells": 3, "cells_done": 3, "cells_pending": 0},
         ]
+        assert told["state"] == "finished"
 
     def test_status_is_a_table(self, finished, capsys):
         assert main(["status", str(finished / "run.zarr")]) == OK
         header, *rows = capsys.readouterr().out.splitlines()
         assert header.split() == ["group", "units", "done", "pending", "failed"]
-        assert [row.split() for row in rows] == [["baseline", "1", "1", "0", "0"], ["map", "1", "1", "0", "0"]]
+        assert [row.split() for row in rows[:2]] == [["baseline", "1", "1", "0", "0"], ["map", "1", "1", "0", "0"]]
+        assert re.fullmatch(r".*/run\.zarr: finished; last heard of .* ago", rows[3])
+        assert [row.split()[0] for row in rows[4:]] == ["speed", "work", "replicas"]
 
     def test_same_command_again_computes_nothing(self, finished, capsys):
-        before = len(Journal(finished / "run.zarr").entries())
+        before = len(list(Journal(finished / "run.zarr").entries()))
         assert main(["run", str(finished / "c.yaml"), "--store", str(finished / "run.zarr")]) == OK
         assert "(0 computed now)" in capsys.readouterr().err
-        assert len(Journal(finished / "run.zarr").entries()) == before
+        assert len(list(Journal(finished / "run.zarr").entries())) == before
 
     def test_store_goes_to_runs_by_default(self, here, capsys):
         assert main(["run", "c.yaml", "--set", "name=elsewhere"]) == OK
@@ -472,7 +501,9 @@ class TestRun:
         copy = Path(shutil.copytree(finished / "run.zarr", tmp_path / "copy.zarr"))
         Journal(copy).append(unit=1, group="map", index=0, error="boom")
         assert main(["status", str(copy)]) == FAILED
-        assert capsys.readouterr().out.splitlines()[-1].split() == ["map", "1", "0", "0", "1"]
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2].split() == ["map", "1", "0", "0", "1"]
+        assert lines[-3:] == ["failures by cause:", "  1 unit: boom", "      map 0"]
 
     @pytest.mark.parametrize(
         ("result", "code", "words"),

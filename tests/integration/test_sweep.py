@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,13 +17,17 @@ import pytest
 import torch
 import zarr
 
+import pipeline.ledger
 import pipeline.replica
+import pipeline.stopping
+import pipeline.store
 from cluster.events import UnitDone
 from pipeline.cli import main
 from pipeline.config import load_config
+from pipeline.executors import ray_executor
 from pipeline.plan import make_plan
-from pipeline.store import DONE, FAILED, PENDING, DriverLock, Journal, StoreError, open_store
-from pipeline.sweep import ray_executor, run_sweep
+from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, LeaseLostError, StoreError, open_store, request_stop
+from pipeline.sweep import run_sweep
 from tests.reference.recompute import TOLERANCE, worst_differences
 from tests.sweep_fixture import arrays, assert_same_arrays, save_tiny_model, tiny_config, write_config
 
@@ -62,11 +67,11 @@ def test_every_unit_is_done_and_every_cell_finite(undisturbed, config):
 
 
 def test_a_second_call_computes_nothing(undisturbed, config):
-    before = Journal(undisturbed).entries()
+    before = list(Journal(undisturbed).entries())
     result = run_sweep(plan_of(config), undisturbed)
     assert result.computed == 0
     assert result.pending == 0
-    assert Journal(undisturbed).entries() == before
+    assert list(Journal(undisturbed).entries()) == before
 
 
 def test_ten_random_cells_agree_with_plain_hooks(undisturbed):
@@ -188,6 +193,90 @@ def test_interruption_leaves_a_resumable_store_and_says_how(sig, config, undistu
     assert_same_arrays(store, undisturbed)
 
 
+@pytest.mark.ray
+def test_sigterm_lets_units_in_flight_finish(config, undisturbed, tmp_path):
+    """What the replicas had begun is in the store; nothing is charged to a unit, and the rest is as it was."""
+    store = tmp_path / "run.zarr"
+    process = start(config, store, "--replicas", "2")
+    kill_when(process, store, 3, signal.SIGTERM)
+    assert process.stderr is not None
+    text = process.stderr.read().decode()
+    assert process.returncode == 130, text
+    assert "units in flight may finish within 120 s" in text
+    assert "Interrupted (SIGTERM)" in text
+    assert not [entry for entry in Journal(store).entries() if entry.get("retried") or entry.get("error")]
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+def test_a_request_in_the_store_stops_the_sweep(config, undisturbed, tmp_path, capsys, monkeypatch):
+    store = tmp_path / "run.zarr"
+    monkeypatch.setattr(pipeline.stopping, "ASK_SECONDS", 0.0)
+    run = pipeline.replica.Replica.run
+
+    def requesting(self, unit):
+        if unit.id == 3:
+            request_stop(store, "cancelled by ada")
+        return run(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.replica.Replica, "run", requesting)
+        assert main(["run", str(config), "--store", str(store)]) == 130
+    assert "Interrupted (cancelled by ada): 4 units are safe" in capsys.readouterr().err
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("code", "word"), [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable")], ids=["full", "read_only"]
+)
+def test_storage_that_takes_no_more_stops_the_sweep_and_parks_no_unit(
+    code, word, config, undisturbed, tmp_path, monkeypatch, capsys
+):
+    store = tmp_path / "run.zarr"
+    write = pipeline.store.Store.write_cells
+
+    def refused(self, group, values, sample, start, stop):
+        if sample == 1 and group == "skip":
+            with self._writing(f"{group}[{sample}]"):
+                raise OSError(code, os.strerror(code))
+        return write(self, group, values, sample, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.store.Store, "write_cells", refused)
+        assert main(["run", str(config), "--store", str(store)]) == 2
+    text = capsys.readouterr().err
+    assert os.strerror(code) in text
+    assert word in text
+    assert "Traceback" not in text
+    status = {group: open_store(store).status(group) for group in open_store(store).groups()}
+    assert not any((values == FAILED).any() for values in status.values())
+    assert sum((values == DONE).sum() for values in status.values()) >= 3
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+def test_a_driver_that_was_taken_over_from_stops_and_harms_nothing(config, undisturbed, tmp_path, monkeypatch):
+    """It was silent for long, say suspended; when it comes back another one drives the store."""
+    store = tmp_path / "run.zarr"
+    monkeypatch.setattr(pipeline.ledger, "FLUSH_SECONDS", 0.0)
+    run, others = pipeline.replica.Replica.run, []
+
+    def taken_over(self, unit):
+        if unit.id == 4 and not others:
+            others.append(Lease(store, beats=False, lives=lambda holder: False))
+            others[0].acquire()
+        return run(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.replica.Replica, "run", taken_over)
+        with pytest.raises(LeaseLostError, match="was taken over by process"):
+            run_sweep(plan_of(config), store)
+    others[0].release()
+    assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
 def test_nan_from_the_model_fails_the_cell_and_not_the_sweep(config, undisturbed, tmp_path, monkeypatch, capsys):
     store = tmp_path / "run.zarr"
     fork = pipeline.replica.Engine.fork
@@ -237,13 +326,13 @@ def test_a_unit_that_raises_is_retried_then_reported(config, tmp_path, monkeypat
 
 
 def test_two_drivers_on_one_store_are_refused(config, undisturbed):
-    lock = DriverLock(undisturbed)
-    lock.acquire()
+    lease = Lease(undisturbed)
+    lease.acquire()
     try:
         with pytest.raises(StoreError, match="is being driven by process"):
             run_sweep(plan_of(config), undisturbed)
     finally:
-        lock.release()
+        lease.release()
 
 
 def test_a_store_of_another_config_is_refused_with_the_differing_keys(config, undisturbed, capsys):
@@ -254,7 +343,7 @@ def test_a_store_of_another_config_is_refused_with_the_differing_keys(config, un
 
 def test_receipts_add_up_to_the_plan(undisturbed, config):
     cost = plan_of(config).cost()
-    entries = Journal(undisturbed).entries()
+    entries = list(Journal(undisturbed).entries())
     assert len(entries) == cost.units
     assert sum(e["row_forwards"] for e in entries) == cost.row_forwards
     assert sum(e["cells"] for e in entries if e["group"] != "baseline") == cost.cells

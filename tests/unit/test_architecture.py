@@ -91,9 +91,9 @@ def test_module_imports_nothing_from_above(module):
     assert above == set()
 
 
-def test_only_the_pool_knows_ray():
+def test_only_the_ray_pool_and_jobs_know_ray():
     knowing = {m for m in modules() if any(n.split(".")[0] == "ray" for n in every_import(m))}
-    assert knowing <= {"cluster.pool", "cluster.jobs", "pipeline.sweep"}
+    assert knowing <= {"cluster.ray_pool", "cluster.jobs", "pipeline.executors"}
 
 
 def test_only_the_engine_traces():
@@ -191,7 +191,19 @@ def test_search_for_circles_finds_them(graph, cycle):
 
 def test_pipeline_rooms_are_entered_in_order():
     """A cell goes from config to store once and never back; a room may use those before it."""
-    order = ["yaml_source", "experiment", "config", "plan", "store", "replica", "sweep", "cli"]
+    order = [
+        "yaml_source",
+        "experiment",
+        "config",
+        "layout",
+        "plan",
+        "store",
+        "ledger",
+        "replica",
+        "executors",
+        "sweep",
+        "cli",
+    ]
     for position, room in enumerate(order):
         later = {f"pipeline.{name}" for name in order[position + 1 :]}
         assert every_import(f"pipeline.{room}") & later == set(), room

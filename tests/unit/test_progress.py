@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.events import ReplicaLost, ReplicaStarted, UnitDone, UnitFailed, UnitRetried, UnitStarted
+from cluster.events import (
+    PoolDraining,
+    PoolWaiting,
+    ReplicaLost,
+    ReplicaReleased,
+    ReplicaStarted,
+    UnitDone,
+    UnitFailed,
+    UnitRetried,
+    UnitStarted,
+)
 from pipeline import progress as progress_module
 from pipeline.plan import Unit
-from pipeline.progress import PLAIN_SECONDS, SweepProgress
+from pipeline.progress import PLAIN_SECONDS, WAITING_SECONDS, SweepProgress
 
 UNIT = Unit(id=0, group="map", index=0, sample=0)
 
@@ -110,6 +120,29 @@ class TestPlainLines:
                 id="retried",
             ),
             pytest.param(ReplicaLost(replica=2, error="killed"), "replica 2 was lost: killed", id="replica-lost"),
+            pytest.param(
+                ReplicaLost(replica=2, error="killed", again_in_s=8.0),
+                "replica 2 was lost: killed; it starts again in 8 s",
+                id="replica-lost-for-a-while",
+            ),
+            pytest.param(
+                ReplicaReleased(replica=2, reason="its node is about to go"),
+                "replica 2 was released: its node is about to go",
+                id="replica-released",
+            ),
+            pytest.param(
+                UnitStarted(unit=5, replica=3, attempt=1, copy=True),
+                "unit 5 takes long: replica 3 runs a copy of it",
+                id="copy",
+            ),
+            pytest.param(
+                PoolWaiting(seconds=30.0, reason="the cluster is full"),
+                "waiting for a replica since 30 s: the cluster is full",
+                id="waiting",
+            ),
+            pytest.param(
+                PoolDraining(units=4, limit_s=120.0), "draining: 4 running units have 120 s to finish", id="draining"
+            ),
         ],
     )
     def test_trouble_is_told_at_once(self, clock, log, event, line):
@@ -117,6 +150,22 @@ class TestPlainLines:
             shown.start(9, 9)
             shown.observe(event, UNIT)
         assert log.getvalue().splitlines()[1:] == [line]
+
+    def test_waiting_is_told_again_after_a_while_or_for_another_reason(self, clock, log):
+        with plain(log) as shown:
+            shown.start(9, 9)
+            # Lines on the state come with every event, once there has been none for some seconds.
+            shown._last_line = float("inf")
+            for seconds in range(0, 130, 10):
+                shown.observe(PoolWaiting(seconds=seconds, reason="full"), None)
+                clock.now += 10
+            shown.observe(PoolWaiting(seconds=130, reason="no node"), None)
+        lines = [line for line in log.getvalue().splitlines() if line.startswith("waiting")]
+        assert WAITING_SECONDS == 60
+        assert lines == [
+            *(f"waiting for a replica since {seconds} s: full" for seconds in (0, 60, 120)),
+            "waiting for a replica since 130 s: no node",
+        ]
 
     @pytest.mark.parametrize(
         "event", [UnitStarted(unit=0, replica=0, attempt=1), ReplicaStarted(replica=0)], ids=["unit", "replica"]

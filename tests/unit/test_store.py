@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from zarr.storage import LocalStore
 
-from pipeline import store as store_module
 from pipeline.config import SweepConfig
 from pipeline.plan import Plan, make_plan
 from pipeline.status import summarise
@@ -22,15 +22,18 @@ from pipeline.store import (
     DONE,
     FAILED,
     PENDING,
-    DriverLock,
     Journal,
+    Lease,
     Store,
     StoreError,
+    consolidate,
     differing,
     is_store,
     open_or_create,
     open_store,
 )
+from pipeline.store import opening as opening_module
+from pipeline.store import template as template_module
 
 STEPS, LAYERS = 3, 6
 
@@ -166,7 +169,7 @@ class TestCreate:
         assert "previews" not in made.root
 
     def test_parents_are_made(self, tmp_path, plan):
-        assert is_store(open_or_create(tmp_path / "a" / "b" / "run.zarr", plan).path)
+        assert is_store(open_or_create(tmp_path / "a" / "b" / "run.zarr", plan).location)
 
     def test_empty_folder_becomes_the_store(self, tmp_path, plan):
         (tmp_path / "run.zarr").mkdir()
@@ -180,7 +183,7 @@ class TestCreate:
         def fail(*args: Any) -> None:
             raise failure
 
-        monkeypatch.setattr(store_module, "_create_experiment", fail)
+        monkeypatch.setattr(template_module, "_create_experiment", fail)
         with pytest.raises(StoreError if isinstance(failure, OSError) else type(failure)):
             open_or_create(tmp_path / "run.zarr", plan)
         assert list(tmp_path.iterdir()) == []
@@ -189,7 +192,7 @@ class TestCreate:
         def fail(*args: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(store_module, "_write_samples", fail)
+        monkeypatch.setattr(template_module, "_write_samples", fail)
         with pytest.raises(
             StoreError,
             match=r"^cannot create store .*run\.zarr: No space left on device\. Choose a writable --store\.$",
@@ -211,13 +214,13 @@ class TestCreate:
         assert other.exists()
 
     def test_a_faster_first_start_of_the_same_config_is_joined(self, tmp_path, plan, monkeypatch):
-        create = store_module._create
+        write = opening_module.write_template
 
-        def slow(path, plan):
-            create(path, plan)
-            create(tmp_path / "run.zarr", plan)
+        def slow(store, plan):
+            write(store, plan)
+            write(LocalStore(tmp_path / "run.zarr"), plan)
 
-        monkeypatch.setattr(store_module, "_create", slow)
+        monkeypatch.setattr(opening_module, "write_template", slow)
         store = open_or_create(tmp_path / "run.zarr", plan)
         assert store.config_hash == plan.config.hash()
         assert [p.name for p in tmp_path.iterdir()] == ["run.zarr"]
@@ -226,18 +229,18 @@ class TestCreate:
 class TestOpen:
     def test_same_config_opens_with_its_data(self, store, plan):
         store.write_cells("map", cells(2, LAYERS, 2, value=0.5), 0, 0, 2)
-        again = open_or_create(store.path, plan)
+        again = open_or_create(store.location.path, plan)
         assert (again.root["map/solved"][0, :2] == 0.5).all()
 
     def test_settings_of_the_run_may_change(self, store):
-        assert open_or_create(store.path, plan_of(run={"replicas": 0})).config_hash == store.config_hash
+        assert open_or_create(store.location.path, plan_of(run={"replicas": 0})).config_hash == store.config_hash
 
     def test_other_config_is_refused_with_the_keys_that_differ(self, store):
         other = plan_of(task={"name": "maze", "mazes": 3}, unit_cells=7)
         with pytest.raises(StoreError) as caught:
-            open_or_create(store.path, other)
+            open_or_create(store.location.path, other)
         assert str(caught.value) == (
-            f"store {store.path} holds another config. Differing: task.mazes is 2 in the store, 3 in the config; "
+            f"store {store.location} holds another config. Differing: task.mazes is 2 in the store, 3 in the config; "
             "unit_cells is 24 in the store, 7 in the config. Use another --store, or that config."
         )
 
@@ -246,18 +249,18 @@ class TestOpen:
         with pytest.raises(
             StoreError, match=r"computed with other weights or settings of embedded:maze\. Use another --store\.$"
         ):
-            open_or_create(store.path, plan)
+            open_or_create(store.location.path, plan)
 
     def test_newer_schema_is_refused(self, store):
         store.root.attrs["schema_version"] = 99
         with pytest.raises(StoreError, match=r"has schema version 99, this stepscope reads up to 2\. Update it\.$"):
-            open_store(store.path)
+            open_store(store.location.path)
 
     def test_older_schema_is_read_but_not_continued(self, store, plan):
         store.root.attrs["schema_version"] = 1
-        assert open_store(store.path).config_hash == plan.config.hash()
+        assert open_store(store.location.path).config_hash == plan.config.hash()
         with pytest.raises(StoreError, match=r"was begun with schema version 1, this stepscope writes 2\. Finish it"):
-            open_or_create(store.path, plan)
+            open_or_create(store.location.path, plan)
 
 
 def make_missing(path: Path) -> None:
@@ -396,13 +399,13 @@ class TestRegions:
         values = cells(2, LAYERS, 2)
         values["solved"][0, 3, 1] = np.nan
         store.write_cells("map", values, 0, 0, 2)
-        read = Store(store.path).root["map/solved"][0, :2]
+        read = Store(store.location.path).root["map/solved"][0, :2]
         assert np.argwhere(np.isnan(read)).tolist() == [[0, 3, 1]]
 
     def test_chunk_of_not_a_number_is_a_file(self, store):
         """A failed cell must be told from one that was never computed by looking at the files."""
         store.write_cells("map", cells(2, LAYERS, 2, value=np.nan), 0, 0, 2)
-        assert (store.path / "map/solved/c/0/0/0/0").exists()
+        assert (store.location.path / "map/solved/c/0/0/0/0").exists()
 
     @pytest.mark.parametrize(
         ("shape", "start", "stop", "message"),
@@ -457,80 +460,49 @@ class TestRegions:
         rng = np.random.default_rng(3)
         noise = {"solved": rng.standard_normal((2, LAYERS, 2)).astype(np.float32)}
         store.write_cells("map", noise, 0, 0, 2)
-        file = store.path / "map/solved/c/0/0/0/0"
+        file = store.location.path / "map/solved/c/0/0/0/0"
         data = bytearray(file.read_bytes())
         data[int(position * len(data))] ^= 0xFF
         file.write_bytes(data)
         with pytest.raises(Exception, match=r"(?i)zstd|checksum|corrupt|restored data"):
-            Store(store.path).root["map/solved"][0, :2]
+            Store(store.location.path).root["map/solved"][0, :2]
 
 
 class TestStatus:
     def test_is_written_by_the_driver_and_read_back(self, store):
         store.write_status("map", np.array([DONE, FAILED, PENDING, DONE], np.uint8))
-        assert Store(store.path).status("map").tolist() == [1, 2, 0, 1]
+        assert Store(store.location.path).status("map").tolist() == [1, 2, 0, 1]
 
     def test_summary_counts_every_group(self, store):
         store.write_status("map", np.array([DONE, FAILED, PENDING, DONE], np.uint8))
-        rows = {row["group"]: row for row in summarise(store.path)}
+        rows = {row["group"]: row for row in summarise(store.location.path)}
         assert rows["map"] == {"group": "map", "units": 4, "done": 2, "pending": 1, "failed": 1}
         assert rows["baseline"] == {"group": "baseline", "units": 2, "done": 0, "pending": 2, "failed": 0}
 
     def test_summary_counts_what_only_the_journal_knows(self, store):
-        journal = Journal(store.path)
+        journal = Journal(store.location.path)
         journal.append(unit=1, group="map", index=0, failed=0)
         journal.append(unit=2, group="map", index=1, failed=3)
         journal.append(unit=3, group="map", index=2, error="boom")
         journal.append(unit=4, replica=0, retried="boom")
         journal.append(unit=5, group="gone", index=0)
-        (row,) = (row for row in summarise(store.path) if row["group"] == "map")
+        (row,) = (row for row in summarise(store.location.path) if row["group"] == "map")
         assert (row["done"], row["failed"], row["pending"]) == (1, 2, 1)
 
     def test_last_word_of_the_journal_counts(self, store):
-        journal = Journal(store.path)
+        journal = Journal(store.location.path)
         journal.append(unit=1, group="map", index=0, error="boom")
         journal.append(unit=1, group="map", index=0, failed=0)
-        (row,) = (row for row in summarise(store.path) if row["group"] == "map")
+        (row,) = (row for row in summarise(store.location.path) if row["group"] == "map")
         assert (row["done"], row["failed"]) == (1, 0)
 
     def test_temporary_files_of_killed_writers_are_deleted(self, store):
         for name in ("map/solved/c/0/0.123.partial", "x.partial"):
-            (store.path / name).parent.mkdir(parents=True, exist_ok=True)
-            (store.path / name).write_text("half")
+            (store.location.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (store.location.path / name).write_text("half")
         assert store.sweep_partial_files() == 2
-        assert list(store.path.rglob("*.partial")) == []
+        assert list(store.location.path.rglob("*.partial")) == []
         assert store.sweep_partial_files() == 0
-
-
-class TestJournal:
-    def test_entries_come_back_with_their_time(self, tmp_path):
-        journal = Journal(tmp_path)
-        journal.append(unit=1, error="ümlaut\nand line")
-        (entry,) = journal.entries()
-        assert entry.pop("time") > 1.7e9
-        assert entry == {"unit": 1, "error": "ümlaut\nand line"}
-
-    def test_no_journal_is_no_entries(self, tmp_path):
-        assert Journal(tmp_path).entries() == []
-
-    @pytest.mark.parametrize(
-        "torn",
-        [
-            pytest.param(b'{"unit": 2, "gro', id="half-a-line"),
-            pytest.param(b"{", id="one-character"),
-            pytest.param(b"\x00\x00\x00", id="zeros-after-power-loss"),
-            pytest.param(b'{"error": "\xc3', id="half-a-character"),
-        ],
-    )
-    def test_torn_last_line_costs_only_itself(self, tmp_path, torn):
-        journal = Journal(tmp_path)
-        journal.append(unit=1)
-        with journal.path.open("ab") as handle:
-            handle.write(torn)
-        assert [e["unit"] for e in journal.entries()] == [1]
-        journal.append(unit=3)
-        journal.append(unit=4)
-        assert [e["unit"] for e in journal.entries()] == [1, 3, 4]
 
 
 class TestDiffering:
@@ -558,16 +530,16 @@ class TestDiffering:
 
 def test_opens_with_xarray_alone_and_without_a_warning(store):
     store.write_cells("map", cells(2, LAYERS, 2, value=0.25), 0, 0, 2)
-    Journal(store.path).append(unit=1, group="map", index=0, failed=0)
-    lock = DriverLock(store.path)
-    lock.acquire()
-    lock.release()
-    store_module.consolidate(store.path)
+    Journal(store.location.path).append(unit=1, group="map", index=0, failed=0)
+    lease = Lease(store.location)
+    lease.acquire()
+    lease.release()
+    consolidate(store.location)
     code = f"""
         import sys
         import xarray as xr
         import zarr
-        tree = xr.open_datatree({str(store.path)!r}, engine="zarr")
+        tree = xr.open_datatree({str(store.location.path)!r}, engine="zarr")
         assert sorted(tree.children) == ["baseline", "map", "one", "previews", "samples", "skip"], tree.children
         cube = tree["map"].dataset["solved"]
         assert cube.dims == ("sample", "step", "layer", "component")

@@ -1,0 +1,153 @@
+"""The regions of a store: what replicas write, and the status and selections that the driver alone writes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from pipeline.screening import DRAWN, ESTIMATE, ESTIMATED, EXACT, OPEN, VERIFIED, Selection
+from pipeline.store.errors import StoreError, reason_of, storage_error
+from pipeline.store.location import Place, locate
+
+
+class Store:
+    """One sweep's store, open for writing regions (replicas) or status (the driver)."""
+
+    def __init__(self, place: Place) -> None:
+        self.location = locate(place)
+        self.root = zarr.open_group(self.location.zarr(), mode="r+", zarr_format=3, use_consolidated=False)
+
+    @property
+    def config_hash(self) -> str:
+        """The sha256 of the config that the store was created for."""
+        return str(self.root.attrs["config_sha256"])
+
+    def write_cells(
+        self, group: str, values: Mapping[str, NDArray[np.float32]], sample: int, start: int, stop: int
+    ) -> int:
+        """Write one unit: for each metric an array (stop - start, *other axes), whole chunks only.
+
+        Returns
+        -------
+        Bytes written, uncompressed.
+
+        Raises
+        ------
+        StoreError : a value does not have the shape of its region, or the region is not whole chunks.
+        StorageFullError, StorageReadOnlyError : the storage takes no more.
+        """
+        for name, value in values.items():
+            array = self._array(f"{group}/{name}")
+            lead = array.shape[1] if array.ndim > 1 else 1
+            region = f"{group}/{name}[{sample}, {start}:{stop}]"
+            expected = (stop - start, *array.shape[2:]) if array.ndim > 1 else ()
+            if value.shape != expected:
+                raise StoreError(
+                    f"region {region} has shape {expected}, the values have {value.shape}. Nothing was written."
+                )
+            if not 0 <= start < stop <= lead:
+                raise StoreError(f"region {region} is not inside 0:{lead}. Nothing was written.")
+            if array.ndim > 1 and (start % array.chunks[1] or (stop % array.chunks[1] and stop != lead)):
+                raise StoreError(f"region {region} is not whole chunks of {array.chunks[1]}. Nothing was written.")
+        for name, value in values.items():
+            array = self._array(f"{group}/{name}")
+            with self._writing(f"{group}/{name}[{sample}, {start}:{stop}]"):
+                if array.ndim > 1:
+                    array[sample, start:stop] = value
+                else:
+                    array[sample] = value
+        return sum(value.nbytes for value in values.values())
+
+    def write_sample(self, group: str, values: Mapping[str, NDArray[Any]], sample: int) -> int:
+        """Write whole samples of a group's arrays, each of shape ``array.shape[1:]``; returns bytes.
+
+        Raises
+        ------
+        StoreError : a value does not have the shape of its region.
+        StorageFullError, StorageReadOnlyError : the storage takes no more.
+        """
+        for name, value in values.items():
+            shape, region = self._array(f"{group}/{name}").shape[1:], f"{group}/{name}[{sample}]"
+            if np.shape(value) != shape:
+                raise StoreError(
+                    f"region {region} has shape {shape}, the values have {np.shape(value)}. Nothing was written."
+                )
+        for name, value in values.items():
+            array = self._array(f"{group}/{name}")
+            with self._writing(f"{group}/{name}[{sample}]"):
+                array[sample] = value
+        return sum(int(np.asarray(v).nbytes) for v in values.values())
+
+    def chosen(self, group: str, start: int, stop: int) -> NDArray[np.bool_] | None:
+        """Return which cells of a unit of a screened experiment are computed, flat; None if that is still open."""
+        array = self._array(f"{group}/{EXACT}")
+        values = np.asarray(array[start:stop] if array.ndim else array[...], dtype=np.uint8).ravel()
+        return None if (values == OPEN).any() else values == VERIFIED
+
+    def estimates(self, group: str) -> Iterator[NDArray[np.float32]]:
+        """Yield the estimates of each sample of a screened experiment."""
+        array = self._array(f"{group}/{ESTIMATE}")
+        for sample in range(array.shape[0]):
+            yield np.asarray(array[sample], dtype=np.float32)
+
+    def write_selection(self, group: str, selection: Selection) -> None:
+        """Write which cells of a screened experiment are computed; the driver alone does this, once."""
+        drawn, exact = self._array(f"{group}/{DRAWN}"), self._array(f"{group}/{EXACT}")
+        with self._writing(f"{group}/{EXACT}"):
+            drawn[...] = selection.drawn.astype(np.uint8)
+            # Last, and one chunk: whoever reads it finds nothing chosen or everything.
+            exact[...] = np.where(selection.exact, VERIFIED, ESTIMATED).astype(np.uint8)
+
+    def status(self, group: str) -> NDArray[np.uint8]:
+        """Read a group's status, one value a unit.
+
+        Raises
+        ------
+        StoreError : it is corrupted.
+        """
+        array = self._array(f"{group}/status")
+        try:
+            return np.asarray(array[:], dtype=np.uint8)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise StoreError(
+                f"store {self.location}: {group}/status cannot be read: {reason_of(error)}. "
+                f"Repair it with: stepscope verify {self.location}"
+            ) from error
+
+    def groups(self) -> list[str]:
+        """List the groups that have a status."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Object at .* is not recognized")
+            return sorted(name for name, group in self.root.groups() if "status" in group)
+
+    def write_status(self, group: str, values: NDArray[np.uint8]) -> None:
+        """Write a group's status; the driver alone does this, after the data."""
+        array = self._array(f"{group}/status")
+        with self._writing(f"{group}/status"):
+            array[:] = values
+
+    def sweep_partial_files(self) -> int:
+        """Delete the temporary files that killed writers left behind; returns how many."""
+        return self.location.sweep_partial()
+
+    @contextmanager
+    def _writing(self, region: str) -> Iterator[None]:
+        """Name the region where the storage refuses a write."""
+        try:
+            yield
+        except Exception as error:
+            refused = storage_error(error, f"region {region} of store {self.location}")
+            if refused is None:
+                raise
+            raise refused from error
+
+    def _array(self, key: str) -> Any:
+        # The setting is no part of an array's metadata, so what creation chose does not hold here.
+        array: Any = self.root[key]
+        return array.with_config({"write_empty_chunks": True})
