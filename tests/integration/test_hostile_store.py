@@ -19,6 +19,7 @@ import pytest
 import zarr
 
 from pipeline.cli import BAD_INPUT, FAILED, OK, main
+from pipeline.store import Lease
 
 CONFIG = """\
 name: tiny
@@ -55,6 +56,8 @@ def place(finished, tmp_path, monkeypatch):
     (private / "deeper").mkdir()
     (private / "deeper" / "more.txt").write_text("mine too\n")
     monkeypatch.chdir(tmp_path)
+    # What waits for the holder of a lease that cannot be read need not wait for long.
+    monkeypatch.setitem(Lease.__init__.__kwdefaults__, "ttl", 0.2)
     return tmp_path
 
 
@@ -221,8 +224,14 @@ DAMAGE = {
     "journal-folder": both(gone("journal.jsonl"), lambda s: (s / "journal.jsonl").mkdir()),
     "journal-pipe": fifo("journal.jsonl"),
     "journal-link": link("journal.jsonl", "private/notes.txt"),
-    "lock-link": link("driver.lock", "private/notes.txt"),
-    "lock-folder": both(lambda s: (s / "driver.lock").unlink(missing_ok=True), lambda s: (s / "driver.lock").mkdir()),
+    "lease-link": link("lease", "private"),
+    "lease-pipe": both(lambda s: shutil.rmtree(s / "lease"), fifo("lease")),
+    "lease-odd": both(
+        lambda s: shutil.rmtree(s / "lease"), lambda s: (s / "lease").mkdir(), text("lease/000001.json", DEEP)
+    ),
+    "stop-odd": text("lease/stop.json", DEEP),
+    "segments-link": link("journal", "private"),
+    "segment-link": both(lambda s: (s / "journal").mkdir(), link("journal/000001-000001.jsonl", "private/notes.txt")),
     "effects-link": link("effects", "private"),
     "one-effect-link": link("effects/map", "private"),
     "group-link": link("map", "private"),
