@@ -115,7 +115,7 @@ class TestConfig:
 
     def test_another_function_of_an_allowed_module_is_refused(self, mine):
         allow("mine.metrics:single")
-        with pytest.raises(ConfigError, match="--allow-metric mine.metrics:brightness"):
+        with pytest.raises(ConfigError, match=r"--allow-metric mine\.metrics:brightness"):
             validate(raw("mine.metrics:brightness"), {}, "c.yaml")
 
     def test_an_allowed_function_is_a_metric(self, mine):
@@ -270,7 +270,7 @@ class TestArrays:
 
     def test_the_same_function_under_two_spellings_is_refused(self, mine):
         (mine / "mine_metrics.py").write_text("def brightness(given): ...\n")
-        with pytest.raises(PermissionsError, match="which is the name of mine.metrics:brightness"):
+        with pytest.raises(PermissionsError, match=r"which is the name of mine\.metrics:brightness"):
             allow("mine.metrics:brightness", "mine_metrics:brightness")
         sys.modules.pop("mine_metrics")
 
