@@ -21,11 +21,13 @@ def _bad_input() -> tuple[type[Exception], ...]:
     from cluster.jobs import JobError
     from interventions.controls import ControlError
     from pipeline.config import ConfigError
+    from pipeline.foreign import ForeignStoreError
     from pipeline.models import ModelError
     from pipeline.permissions import PermissionsError
     from pipeline.store import StoreError
 
-    return ConfigError, ControlError, JobError, ModelError, PermissionsError, StoreError, PoolError, UsageError
+    of_sweeps = ConfigError, ControlError, ForeignStoreError, ModelError, PermissionsError, StoreError
+    return *of_sweeps, JobError, PoolError, UsageError
 
 
 _NOT_WRITABLE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -244,23 +245,21 @@ def unknown(what: str, value: Any, known: Any) -> str:
 
 
 def _checked(cls: type[Intervention], field: str, value: Any, loc: Loc, problems: list[Problem]) -> Any:
-    info = cls.model_fields[field]
-    adapter: TypeAdapter[Any] = TypeAdapter(_annotated(info))
     try:
-        return adapter.validate_python(value, strict=True)
+        return _adapter(cls, field).validate_python(value, strict=True)
     except ValidationError as error:
         allowed = f"; a list sweeps it{', `all` or a slice such as `2:8` too' if field in index_fields(cls) else ''}"
         problems.append((loc, f"{_first_message(error)}, got {shown(value)}{allowed}"))
         return value
 
 
-def _annotated(info: Any) -> Any:
-    from typing import Annotated
-
-    annotation = info.annotation
+@functools.cache
+def _adapter(cls: type[Intervention], field: str) -> TypeAdapter[Any]:
+    info = cls.model_fields[field]
+    annotation: Any = info.annotation
     for mark in info.metadata:
         annotation = Annotated[annotation, mark]
-    return annotation
+    return TypeAdapter(annotation)
 
 
 def _first_message(error: ValidationError) -> str:

@@ -211,7 +211,7 @@ def refuse_foreign_code(model_id: str, pipeline_config: Mapping[str, Any]) -> No
     ------
     ModelError : naming the class.
     """
-    name = pipeline_config.get("_class_name")
+    name = pipeline_config.get("_class_name", "?")
     if not isinstance(name, str):
         raise ModelError(
             f"model {shown(model_id)}: the class of its pipeline is {shown(name)}. A class of its own would have "

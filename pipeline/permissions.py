@@ -58,6 +58,11 @@ class Permissions:
                 _require_free(name, metric, METRICS)
                 METRICS[name] = metric
 
+    def options(self) -> list[str]:
+        """Return the words of a command line that allow the same."""
+        words = [word for name in self.metrics for word in ("--allow-metric", name)]
+        return [*words, "--allow-pickled-weights"] if self.pickled_weights else words
+
     def _metric(self, name: str) -> Metric:
         from pipeline.metrics.function import metric_of_function
 
@@ -89,6 +94,11 @@ class Permissions:
 
 
 NOTHING = Permissions()
+
+
+def array_name(name: str) -> str:
+    """Return the name of a metric's array in the store: of a function, without ``:`` and ``.``."""
+    return name.replace(":", "_").replace(".", "_")
 
 
 def _require_free(name: str, metric: Metric, others: Mapping[str, Metric]) -> None:

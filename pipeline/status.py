@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from interventions.sites import RUNS
 from pipeline.causes import Cause, clean
+from pipeline.permissions import array_name
 from pipeline.plan import BASELINE
 from pipeline.screening import EXACT, OPEN, VERIFIED, Screen
 from pipeline.store import DONE, FAILED, PENDING, Place, Store, StoreError, open_store
@@ -234,7 +235,7 @@ def unit_cells(store: Store, group: str) -> tuple[NDArray[np.int64], bool]:
         return np.array([len(RUNS)]), True
     arrays: Any = store.root[group]
     metrics = json.loads(str(store.root.attrs["config_json"])).get("metrics", [])
-    array = next((arrays[name] for name in metrics if name in arrays), None)
+    array = next((arrays[name] for name in map(array_name, metrics) if name in arrays), None)
     if array is None or array.ndim < 2:
         return np.array([1]), True
     starts = range(0, array.shape[1], array.chunks[1])

@@ -13,7 +13,7 @@ from pipeline.wording import named, plain, shortened, shown
 Loc = tuple[str | int, ...]
 
 MOST_BYTES = 2 * 2**20
-MOST_VALUES = 100_000
+MOST_VALUES = 20_000
 """Largest config that is read: values are counted as written out, so that aliases of aliases cannot fill memory."""
 _MOST_DIGITS = 100
 

@@ -19,7 +19,22 @@ from urllib.parse import urlsplit
 
 from cyclopts import Parameter
 
-from pipeline.commands.options import FAILED, INTERRUPTED, OK, Config, Set, UsageError, app, say, whole_number
+from pipeline.commands.options import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    AllowMetric,
+    AllowPickledWeights,
+    Config,
+    Set,
+    UsageError,
+    allowed,
+    app,
+    say,
+    whole_number,
+)
+from pipeline.foreign import require_plain
+from pipeline.permissions import NOTHING, Permissions
 
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
@@ -58,6 +73,8 @@ def submit(
     ] = None,
     wait: Annotated[bool, Parameter(negative="", help="Wait until the job ends, and take its exit code.")] = False,
     follow: Follow = False,
+    allow_metric: AllowMetric = None,
+    allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
     """Run a sweep as a job of a Ray cluster, where stepscope is installed; print the job's id.
 
@@ -69,6 +86,7 @@ def submit(
     from pipeline.config import load_config
 
     overrides = [*(set_ or []), *([f"run.replicas={replicas}"] if replicas is not None else [])]
+    permissions = allowed(allow_metric, allow_pickled_weights)
     loaded = load_config(config, overrides)
     require_shared(store)
     values = _chosen(env or [])
@@ -77,7 +95,7 @@ def submit(
         job = jobs.submit(
             Submission(
                 id=work_id(loaded),
-                entrypoint=_entrypoint(name, store, set_ or [], replicas),
+                entrypoint=_entrypoint(name, store, set_ or [], replicas, permissions),
                 working_dir=folder,
                 excludes=EXCLUDES,
                 env=values,
@@ -131,6 +149,7 @@ def cancel(
     if _is_store(target):
         from pipeline.store import request_stop  # type: ignore[attr-defined]
 
+        require_plain(target, chunks=False)
         request_stop(target, "stepscope cancel")
         say(f"Asked the driver of {target} to stop once its running units are done. Running it again resumes.")
         return OK
@@ -199,12 +218,15 @@ def require_shared(store: str) -> None:
         )
 
 
-def _entrypoint(config: str, store: str, overrides: list[str], replicas: int | None) -> str:
+def _entrypoint(
+    config: str, store: str, overrides: list[str], replicas: int | None, permissions: Permissions = NOTHING
+) -> str:
     words = ["stepscope", "run", config, "--store", store]
     for text in overrides:
         words += ["--set", text]
     if replicas is not None:
         words += ["--replicas", str(replicas)]
+    words += permissions.options()
     return shlex.join(words)
 
 

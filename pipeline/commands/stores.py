@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from pipeline.commands.options import FAILED, OK, StorePath, UsageError, app, whole_number
+from pipeline.foreign import reading, require_plain
 
 
 @app.command
@@ -37,7 +38,9 @@ def status(
 
     if not 0.1 <= every <= 86400:
         raise UsageError(f"out of range: --every {every}. Use 0.1 to 86400 seconds.")
-    return FAILED if show(store, live=watch, every=every, as_json=as_json).total("failed") else OK
+    with reading(store):
+        require_plain(store, chunks=False)
+        return FAILED if show(store, live=watch, every=every, as_json=as_json).total("failed") else OK
 
 
 @app.command
@@ -56,8 +59,10 @@ def effects(
 
     if replicates < 1 or seed < 0:
         raise UsageError(f"out of range: --replicates {replicates}, --seed {seed}. They start at 1 and 0.")
-    open_store(store)
-    written = compute_effects(store, unit="prompt", replicates=replicates, seed=seed)
+    with reading(store):
+        require_plain(store)
+        open_store(store)
+        written = compute_effects(store, unit="prompt", replicates=replicates, seed=seed)
     print(f"Wrote {', '.join(written)} to {store}/effects.")
     return OK
 
@@ -78,9 +83,11 @@ def report(
     from pipeline.report import write_report
     from pipeline.store import open_store
 
-    location = open_store(store).location
-    if "effects" not in group_names(location):
-        raise UsageError(f"{store} has no effects yet. Run first: stepscope effects {store}")
-    page = write_report(location, out or location.report_folder)
+    with reading(store):
+        require_plain(store)
+        location = open_store(store).location
+        if "effects" not in group_names(location):
+            raise UsageError(f"{store} has no effects yet. Run first: stepscope effects {store}")
+        page = write_report(location, out or location.report_folder)
     print(f"Wrote {page}.")
     return OK

@@ -55,7 +55,7 @@ def write_agreement(place: Place, name: str, *, again: bool) -> bool:
     ----------
     again : also if it is there already.
     """
-    group = zarr.open_group(locate(place).zarr(), path=name, mode="r+", use_consolidated=False)
+    group = zarr.open_group(locate(place).zarr(), path=name, mode="r+", zarr_format=3, use_consolidated=False)
     if ATTRIBUTE in group.attrs and not again:
         return False
     experiment, recorded = Experiment.open(place, name), Recorded.read(place, "sample")

@@ -48,7 +48,8 @@ def group_names(place: Place, under: str = "") -> list[str]:
     FileNotFoundError : there is no store at the path.
     """
     try:
-        group = zarr.open_group(locate(place).zarr(read_only=True), path=under, mode="r", use_consolidated=False)
+        store = locate(place).zarr(read_only=True)
+        group = zarr.open_group(store, path=under, mode="r", zarr_format=3, use_consolidated=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no store at {place}. Give the folder or URL of a run.") from error
     with no_zarr_warnings():
@@ -318,7 +319,9 @@ def _aligned(chunk_samples: int, array: xr.DataArray) -> int:
 
 def open_group(place: Place, name: str) -> xr.Dataset:
     """Open one group lazily, past the consolidated metadata, which may be older than the data."""
-    dataset: xr.Dataset = xr.open_zarr(locate(place).zarr(read_only=True), group=name, chunks=None, consolidated=False)
+    store = locate(place).zarr(read_only=True)
+    # Format 2 has arrays of pickled objects.
+    dataset: xr.Dataset = xr.open_zarr(store, group=name, chunks=None, consolidated=False, zarr_format=3)
     return dataset
 
 

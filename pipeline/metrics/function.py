@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.metrics.metric import Compute, Metric, MetricInput, guarded
+from pipeline.permissions import array_name
 
 
 def metric_of_function(name: str, function: Callable[[MetricInput], Any]) -> Metric:
@@ -35,11 +36,6 @@ def metric_of_function(name: str, function: Callable[[MetricInput], Any]) -> Met
             source=source,
         )
     )
-
-
-def array_name(name: str) -> str:
-    """Return the name of a function's array in the store."""
-    return name.replace(":", "_").replace(".", "_")
 
 
 def source_of(module: str, function: Any) -> str:

@@ -15,6 +15,7 @@ from pipeline.effects.experiment import NOT_EXPERIMENTS, group_names, open_group
 from pipeline.effects.inference import Interval, bootstrap_mean, resample_counts
 from pipeline.effects.maps import ALL_PAIRS
 from pipeline.effects.state import GroupedMoments, Key
+from pipeline.permissions import array_name
 from pipeline.store import Place, locate
 
 
@@ -47,7 +48,8 @@ class Sweep:
         FileNotFoundError : there is no store at the path.
         """
         groups = set(group_names(place))
-        attrs = dict(zarr.open_group(locate(place).zarr(read_only=True), mode="r", use_consolidated=False).attrs)
+        store = locate(place).zarr(read_only=True)
+        attrs = dict(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False).attrs)
         config = as_mapping(attrs.get("config_json"))
         names = in_order(groups - NOT_EXPERIMENTS, config.get("experiments", {}))
         computed = set(group_names(place, "effects")) if "effects" in groups else set()
@@ -68,7 +70,7 @@ class Sweep:
         found = [n for n, v in (self.baseline or {}).items() if v.dims == ("sample", "run")]
         for effects in self.effects.values():
             found += effect_metrics(effects)
-        return in_order(set(map(str, found)), self.config.get("metrics", ()))
+        return in_order(set(map(str, found)), (array_name(str(name)) for name in self.config.get("metrics", ())))
 
     def long_name(self, metric: str) -> str:
         """Return a metric's label for axes and headings."""
@@ -127,7 +129,7 @@ def as_mapping(text: object) -> dict[str, Any]:
     """Parse a JSON attribute that should be a mapping; anything else gives an empty one."""
     try:
         value = json.loads(str(text))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

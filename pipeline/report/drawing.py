@@ -38,6 +38,8 @@ STYLE: Any = {
     "xtick.labelsize": 7.5,
     "ytick.labelsize": 7.5,
     "text.color": INK,
+    # A dollar in a prompt is a dollar.
+    "text.parse_math": False,
     "hatch.linewidth": 0.5,
     "hatch.color": "#c9c6bf",
     "figure.facecolor": PAPER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
@@ -35,6 +36,8 @@ from pipeline.report.views import AXIS_LABELS, View, combinations, reference_of,
 WIDTH = 10.6
 """Widest figure in inches; at 96 CSS pixels an inch it fits the page."""
 
+LONGEST_NAME = 150
+"""Bytes of a file name without its ending."""
 COLUMNS, LINES, PANELS = 6, 6, 3
 SIGNIFICANT = 0.05
 DARK = 0.36
@@ -325,4 +328,7 @@ def file_name(*parts: object) -> str:
     """Join parts into a file name that every system accepts."""
     flat = [" ".join(map(str, p)) if isinstance(p, (list, tuple)) else str(p) for p in parts]
     text = "_".join(flat)
-    return "".join(ch if ch.isalnum() or ch in "_-" else "-" for ch in text)
+    name = "".join(ch if ch.isalnum() or ch in "_-" else "-" for ch in text)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{zlib.crc32(text.encode()):08x}"

@@ -22,9 +22,18 @@ SEGMENT_BYTES = 1_000_000
 """Size at which a new segment begins: the current one is written whole with every flush."""
 
 
+MOST = 2**31 - 1
+"""Units of a group and cells of a unit that a journal can tell of."""
+
+
 def status_of(entry: dict[str, Any]) -> int | None:
-    """Return the state that a line of the journal gives its unit; None if it is about no unit's end."""
-    if "group" not in entry or type(entry.get("index")) is not int:
+    """Return the state that a line of the journal gives its unit; None if it is about no unit's end, or makes no sense.
+
+    Of what is not None, ``group`` is a text, ``index`` and ``failed`` are whole numbers from 0 on.
+    """
+    if not isinstance(entry.get("group"), str):
+        return None
+    if any(type(n) is not int or not 0 <= n <= MOST for n in (entry.get("index"), entry.get("failed", 0))):
         return None
     if entry.get("unset"):
         return PENDING
@@ -166,7 +175,7 @@ def _opened(line: bytes) -> dict[str, Any] | None:
             return None
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
 

@@ -89,7 +89,7 @@ class Claim:
             if not isinstance(holder.process, int):
                 raise TypeError("a process has a number")
             released, token, at = bool(told["released"]), str(told["token"]), str(told["time"])
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return cls(generation=generation, content=content)
         return cls(generation=generation, content=content, holder=holder, released=released, token=token, time=at)
 
@@ -349,7 +349,7 @@ def stop_requested(place: Place, since_generation: int) -> str | None:
     try:
         told = json.loads(content)
         return str(told["why"]) if int(told["generation"]) >= since_generation else None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -31,7 +31,7 @@ def is_store(place: Place) -> bool:
     """
     try:
         attrs = json.loads(locate(place).read(ROOT) or b"")["attributes"]
-    except (OSError, LookupError, TypeError):
+    except (OSError, LookupError, TypeError, RecursionError):
         return False
     except StoreError:
         raise

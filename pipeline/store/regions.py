@@ -20,7 +20,7 @@ class Store:
 
     def __init__(self, place: Place) -> None:
         self.location = locate(place)
-        self.root: Any = zarr.open_group(self.location.zarr(), mode="r+", use_consolidated=False)
+        self.root: Any = zarr.open_group(self.location.zarr(), mode="r+", zarr_format=3, use_consolidated=False)
         self._arrays: dict[str, Any] = {}
 
     @property

@@ -32,8 +32,12 @@ SEED = 0x9E12
 def _is_image(text: str) -> str:
     from PIL import Image, UnidentifiedImageError
 
+    path = os.path.expanduser(text)
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        # A pipe or a device may never end.
+        raise ValueError(f"image {text} is no file; use a PNG")
     try:
-        with Image.open(os.path.expanduser(text)) as image:
+        with Image.open(path) as image:
             image.load()
     except Image.DecompressionBombError:
         raise ValueError(f"image {text} is too large to be opened safely") from None

@@ -106,7 +106,8 @@ class TestHelp:
     def test_options_of_run_are_these(self, capsys):
         main(["run", "--help"])
         assert set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out.split("Parameters")[1])) == {
-            "--config", "--store", "--set", "--replicas", "--metrics-port", "--metrics-host"
+            "--config", "--store", "--set", "--replicas", "--metrics-port", "--metrics-host",
+            "--allow-metric", "--allow-pickled-weights",
         }  # fmt: skip
 
     def test_options_of_status_are_these(self, capsys):

@@ -63,8 +63,9 @@ def test_links_and_files_exist(page):
         assert (ROOT / target).exists(), target
 
 
-def test_reliability_names_tests_that_exist():
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
+@pytest.mark.parametrize("page", ["reliability", "security"])
+def test_named_tests_exist(page):
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / f"{page}.md").read_text()))
     defined = {m for f in (ROOT / "tests").rglob("*.py") for m in re.findall(r"def (test_\w+)", f.read_text())}
     assert len(named) > 5
     assert named <= defined

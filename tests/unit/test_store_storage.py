@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from zarr.storage import LocalStore
 
-from cluster.dispatch import describe_error
+from cluster.work import describe_error
 from pipeline.plan import Plan
 from pipeline.screening import Selection
 from pipeline.store import (
