@@ -81,6 +81,7 @@ class Process:
     replica: int
     asked: float
     node: Node | None = None
+    home: str | None = None
     built: bool = False
     leaving: bool = False
     sent: deque[tuple[int, int]] = field(default_factory=deque)
@@ -162,8 +163,8 @@ class FakeBackend:
         self._ready = [(owner, answer) for owner, answer in self._ready if owner.replica != replica]
         if process is None:
             return
-        if shun_node and process.node is not None:
-            self._shunned.add(process.node.name)
+        if shun_node and process.home is not None:
+            self._shunned.add(process.home)
         self._place_all()
 
     def send(self, replica: int, ticket: int, payload: Any) -> None:
@@ -264,6 +265,8 @@ class FakeBackend:
             return
         # Spread, as Ray does.
         process.node = min(free, key=lambda node: used[node.name])
+        # Known beyond its death, as Ray's is.
+        process.home = process.node.name
         self._answer(process, Placed(replica=process.replica))
         if process.node.name in self._told:
             self._tell(process)

@@ -101,7 +101,7 @@ class TestSubmit:
 
     def test_the_job_runs_the_sweep_with_the_same_settings(self, here, client):
         """The entry point goes through a shell and must come out as the arguments that went in."""
-        overrides = ["--set", "sampler.steps=2", "--set", "task.pairs=['red/blue', any/red]"]
+        overrides = ["--set", "sampler.steps=2", "--set", "task.pairs=['red/blue', red/any]"]
         assert submit(*overrides, "--replicas", "4", store="/shared/my runs/$x.zarr") == OK
         words = shlex.split(client.submitted[0]["entrypoint"])
         assert words[:3] == ["stepscope", "run", "c.yaml"]
