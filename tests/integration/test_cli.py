@@ -113,13 +113,14 @@ class TestHelp:
     def test_options_of_status_are_these(self, capsys):
         main(["status", "--help"])
         assert set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out.split("Parameters")[1])) == {
-            "--store", "--watch", "--every", "--json"
+            "--store", "--address", "--watch", "--every", "--json"
         }  # fmt: skip
 
     def test_options_of_submit_are_these(self, capsys):
         main(["submit", "--help"])
         assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", capsys.readouterr().out.split("Parameters")[1])) == {
-            "--config", "--address", "--store", "--set", "--replicas", "--working-dir", "--env", "--wait", "--follow"
+            "--config", "--address", "--store", "--set", "--replicas", "--working-dir", "--env", "--wait", "--follow",
+            "--allow-metric", "--allow-pickled-weights"
         }  # fmt: skip
 
     @pytest.mark.parametrize(
@@ -483,7 +484,7 @@ class TestRun:
         assert header.split() == ["group", "units", "done", "pending", "failed"]
         assert [row.split() for row in rows[:2]] == [["baseline", "1", "1", "0", "0"], ["map", "1", "1", "0", "0"]]
         assert re.fullmatch(r".*/run\.zarr: finished; last heard of .* ago", rows[3])
-        assert [row.split()[0] for row in rows[4:]] == ["speed", "work", "replicas"]
+        assert [row.split()[0] for row in rows[4:]] == ["speed", "work", "replicas", "driver"]
 
     def test_same_command_again_computes_nothing(self, finished, capsys):
         before = len(list(Journal(finished / "run.zarr").entries()))
@@ -521,10 +522,10 @@ class TestRun:
                 id="failed",
             ),
             pytest.param(
-                {"done": 1, "pending": 1, "interrupted": True},
+                {"done": 1, "pending": 1, "stopped": "SIGTERM"},
                 INTERRUPTED,
                 [
-                    "Interrupted: 1 units are safe in x.zarr, 1 are left.",
+                    "Interrupted (SIGTERM): 1 units are safe in x.zarr, 1 are left.",
                     "Resume with: stepscope run c.yaml --store x.zarr",
                 ],
                 id="interrupted",
