@@ -7,13 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pipeline.wording import plain, shortened
-
-if TYPE_CHECKING:
-    from pipeline.plan import Plan
-    from pipeline.store import Place
 
 _OURS = ("pipeline", "cluster", "interventions")
 _NOT_OF_THE_STORE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EPIPE)
@@ -89,60 +84,3 @@ def require_plain(place: object, *, chunks: bool = True) -> None:
                         f"store {place} holds {what}, where only files and folders may be: {plain(entry.path)}. "
                         "Remove it, or put there what it stands for."
                     )
-
-
-def require_template(store: Any, plan: Plan) -> None:
-    """Refuse a store whose arrays are not those that this plan would make.
-
-    Parameters
-    ----------
-    store : an open ``Store``.
-
-    Raises
-    ------
-    ForeignStoreError : naming the first array that is missing or other than it should be.
-    """
-    place = store.location
-    for key, (shape, dtype) in _expected(plan).items():
-        try:
-            array = store.root[key]
-            found = tuple(array.shape), str(array.dtype)
-        except (KeyError, AttributeError) as error:
-            raise ForeignStoreError(
-                f"store {place} lacks the array {key}. Use a copy that is whole, or another --store."
-            ) from error
-        if found != (shape, dtype):
-            raise ForeignStoreError(
-                f"store {place}: array {key} is {found[0]} of {found[1]}, this config makes {shape} of {dtype}. "
-                "Use a copy that is whole, or another --store."
-            )
-
-
-def _expected(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return shape and type of every array that replicas and driver write."""
-    n, steps = len(plan.samples), plan.geometry.steps
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for metric in plan.metrics:
-        found[f"baseline/{metric.name}"] = (n, 2), "float32"
-        found[f"baseline/{metric.name}_by_step"] = (n, 2, steps), "float32"
-        for grid in plan.grids:
-            found[f"{grid.experiment.name}/{metric.name}"] = (n, *grid.shape), "float32"
-    for group in ("baseline", *plan.by_name):
-        found[f"{group}/status"] = (plan.group_units(group),), "uint8"
-    return found
-
-
-def require_sound(place: Place, plan: Plan) -> None:
-    """Refuse to go on with a store in which a resumed sweep could not be trusted; a place without one is fine.
-
-    Raises
-    ------
-    ForeignStoreError : see ``require_plain``, ``require_template`` and ``reading``.
-    StoreError : see ``open_or_create``.
-    """
-    from pipeline.store import is_store, open_or_create
-
-    with reading(place):
-        require_plain(place)
-        if is_store(place):
-            require_template(open_or_create(place, plan), plan)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from pipeline.commands.options import FAILED, OK, StorePath, UsageError, app, say
+from pipeline.foreign import reading, require_plain
 
 if TYPE_CHECKING:
     from pipeline.store import Findings
@@ -28,7 +29,9 @@ def verify(store: StorePath, *, as_json: Annotated[bool, Parameter(name="--json"
     from pipeline.store import verify as verify_store
     from pipeline.store.verify import advice
 
-    found = verify_store(store, say=say)
+    with reading(store):
+        require_plain(store)
+        found = verify_store(store, say=say)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
@@ -76,6 +79,8 @@ def export(
 
     if "://" in out:
         raise UsageError(f"export writes a file on this machine: {out} is a URL. Copy the file there afterwards.")
-    size = export_store(store, Path(out), force=force, partial=partial)
+    with reading(store):
+        require_plain(store)
+        size = export_store(store, Path(out), force=force, partial=partial)
     print(f"Wrote {out} ({size:,} bytes).")
     return OK

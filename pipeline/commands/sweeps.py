@@ -60,11 +60,11 @@ def run(
     Example: ``stepscope run configs/maze_demo.yaml --store runs/demo.zarr --set sampler.steps=10``
     """
     from pipeline.executors import inline_executor, ray_executor
-    from pipeline.foreign import require_sound
+    from pipeline.foreign import require_plain
     from pipeline.sweep import run_sweep
 
     plan, place = bind(config, set_ or [], store, replicas, allowed(allow_metric, allow_pickled_weights))
-    require_sound(place, plan)
+    require_plain(place)
     executor = inline_executor if plan.config.run.replicas == 0 else ray_executor
     with watched(metrics_port, metrics_host) as (observe, on_start):
         result = run_sweep(plan, place, make_executor=executor, observe=observe, on_start=on_start, say=say)

@@ -37,7 +37,7 @@ def metadata_of(content: bytes | None) -> dict[str, Any] | None:
     """Return the metadata of a group or array without what changes after creation; None if it is no metadata."""
     try:
         found = json.loads(content or b"")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return essence(found) if isinstance(found, dict) and isinstance(found.get("attributes", {}), dict) else None
 
@@ -54,7 +54,7 @@ def consolidated(location: Location) -> dict[str, dict[str, Any]]:
     """Return the metadata of every group and array as the root repeats it, by path; empty where it does not."""
     try:
         found = json.loads(location.read("zarr.json") or b"")["consolidated_metadata"]["metadata"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return {}
     if not isinstance(found, dict) or not all(isinstance(node, dict) for node in found.values()):
         return {}

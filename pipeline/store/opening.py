@@ -132,7 +132,7 @@ def _schema(store: Store) -> int:
 def _stored_config(attrs: dict[str, Any], location: Location) -> Any:
     try:
         return json.loads(str(attrs["config_json"]))
-    except (ValueError, LookupError) as error:
+    except (ValueError, LookupError, RecursionError) as error:
         raise _damaged(location) from error
 
 

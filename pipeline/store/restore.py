@@ -57,9 +57,11 @@ def _same_values(location: Location, template: dict[str, bytes], path: str) -> b
     from zarr.storage import MemoryStore
 
     buffer: Any = default_buffer_prototype().buffer
-    wanted = zarr.open_array(MemoryStore({k: buffer.from_bytes(v) for k, v in template.items()}), path=path, mode="r")
+    wanted = zarr.open_array(
+        MemoryStore({k: buffer.from_bytes(v) for k, v in template.items()}), path=path, mode="r", zarr_format=3
+    )
     try:
-        found = zarr.open_array(location.zarr(read_only=True), path=path, mode="r")
+        found = zarr.open_array(location.zarr(read_only=True), path=path, mode="r", zarr_format=3)
         a, b = np.asarray(found[...]), np.asarray(wanted[...])
         return bool(np.array_equal(a, b, equal_nan=b.dtype.kind == "f"))
     except (OSError, RuntimeError, ValueError, TypeError, KeyError):

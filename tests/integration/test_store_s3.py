@@ -55,7 +55,7 @@ def test_sweep_effects_and_report_work_as_in_a_folder(config, local, bucket, tmp
     assert main(["run", str(config), "--store", store]) == OK
     assert_same_arrays(store, local)
     assert main(["status", store, "--json"]) == OK
-    assert all(row["done"] == row["units"] for row in json.loads(capsys.readouterr().out))
+    assert all(row["done"] == row["units"] for row in json.loads(capsys.readouterr().out)["experiments"])
 
     assert main(["report", store]) == BAD_INPUT
     assert f"Run first: stepscope effects {store}" in capsys.readouterr().err

@@ -38,6 +38,7 @@ from pipeline.store import (
     request_stop,
     verify,
 )
+from pipeline.store.errors import writing
 from pipeline.sweep import run_sweep
 from tests.reference.recompute import TOLERANCE, worst_differences
 from tests.sweep_fixture import arrays, assert_same_arrays, save_tiny_model, tiny_config, write_config
@@ -249,7 +250,7 @@ def test_storage_that_takes_no_more_stops_the_sweep_and_parks_no_unit(
 
     def refused(self, group, values, sample, start, stop):
         if sample == 1 and group == "skip":
-            with self._writing(f"{group}[{sample}]"):
+            with writing(self.location, f"{group}[{sample}]"):
                 raise OSError(code, os.strerror(code))
         return write(self, group, values, sample, start, stop)
 
