@@ -111,6 +111,8 @@ def run_sweep(
         if not drive.result.interrupted:
             # A selection that was damaged is chosen again, though no unit waits for it.
             drive.choose_again()
+        if drive.lost:
+            store.sweep_partial_files()
         judged = not drive.result.interrupted and _judge(location, plan, again=bool(units))
         if units or judged:
             consolidate(location)
@@ -121,7 +123,12 @@ def run_sweep(
 
 
 class _Drive:
-    """One call of ``run_sweep`` while it hands out units: what it does with every event."""
+    """One call of ``run_sweep`` while it hands out units: what it does with every event.
+
+    Attributes
+    ----------
+    lost : replicas that died, maybe in the middle of a write.
+    """
 
     def __init__(
         self,
@@ -132,7 +139,7 @@ class _Drive:
         stopping: Stopping,
         observe: Observer | None,
     ) -> None:
-        self.result = SweepResult()
+        self.result, self.lost = SweepResult(), 0
         self._plan, self._store, self._ledger, self._journal = plan, store, ledger, journal
         self._stopping, self._observe = stopping, observe
 
@@ -200,6 +207,7 @@ class _Drive:
         elif isinstance(event, UnitFailed) and unit is not None:
             self._failed(event, unit)
         elif isinstance(event, UnitRetried | ReplicaLost):
+            self.lost += isinstance(event, ReplicaLost)
             self._journal.append(unit=number, replica=event.replica, retried=redact(event.error))
         self._ledger.flush()
         if self._observe is not None:
