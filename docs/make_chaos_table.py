@@ -6,6 +6,7 @@ The numbers are those of ``python -m tests.chaos --trials 60 --out docs/chaos.js
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def table(facts: Mapping[str, Any]) -> str:
         ("drivers started", facts["drivers"], f"{facts['verifications']:,} verifications"),
         ("blows to running sweeps", facts["kills_in_all"], _listed(facts["kills"])),
         ("faults inside units", facts["faults_in_all"], _listed(facts["faults"])),
-        ("damage to stores at rest", facts["damage_in_all"], _listed(facts["damage"])),
+        ("damage to stores at rest", facts["damage_in_all"], _damage(facts["damage"])),
         ("damaged units and arrays when verified", facts["damaged"], _found(facts)),
         ("units computed again", facts["recomputed"], ""),
         ("drivers refused beside a frozen one", facts["refused"], ""),
@@ -54,6 +55,16 @@ def _found(facts: Mapping[str, Any]) -> str:
     unchecked = facts["damaged"] - facts["found"] - facts["missed"]
     told = f"{facts['found']:,} found, {facts['missed']:,} missed, {unchecked:,} not checked yet and told"
     return f"{told}; {facts['false_alarms']:,} good ones undone"
+
+
+def _damage(counts: Mapping[str, int]) -> str:
+    """Count damage by what was hit and by how, as its names are a way and a target each."""
+    ways, targets = Counter[str](), Counter[str]()
+    for name, count in counts.items():
+        way, _, target = name.partition(" ")
+        ways[way] += count
+        targets[target] += count
+    return f"{_listed(targets)}; by {_listed(ways)}" if counts else ""
 
 
 def _listed(counts: Mapping[str, int]) -> str:
