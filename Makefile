@@ -52,6 +52,7 @@ recompute: setup
 
 chaos: setup
 	$(BIN)/python -m tests.chaos --trials 60 --out docs/chaos.json
+	$(BIN)/python -m docs.make_chaos_table
 
 bench: setup
 	$(BIN)/python -m benchmarks.naive_ratio
