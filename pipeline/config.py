@@ -69,7 +69,7 @@ class RunConfig(_Frozen):
     max_attempts: Annotated[int, Field(ge=1, description="tries before a unit is parked with its error")] = 3
     max_restarts: Annotated[int, Field(ge=0, description="deaths in a row of one replica")] = 5
     start_timeout_s: Annotated[float, Field(gt=0, description="to load the model, once a place is found")] = 1800.0
-    capacity_wait_s: Annotated[float, Field(ge=0, description="for nodes that can hold a replica to come")] = 30.0
+    capacity_wait_s: Annotated[float, Field(ge=0, description="for nodes that can hold a replica to come")] = 25.0
     lease_s: Annotated[float, Field(gt=0, description="a unit may run; its replica counts as hung after it")] = 3600.0
     straggler_factor: Annotated[float, Field(ge=0, description="times the expected time; 0 copies no unit")] = 3.0
     idle_release_s: Annotated[float, Field(ge=0, description="before a replica without work gives up its GPU")] = 60.0

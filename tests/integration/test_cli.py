@@ -120,7 +120,7 @@ class TestHelp:
         main(["submit", "--help"])
         assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", capsys.readouterr().out.split("Parameters")[1])) == {
             "--config", "--address", "--store", "--set", "--replicas", "--working-dir", "--env", "--wait", "--follow",
-            "--allow-metric", "--allow-pickled-weights"
+            "--metrics-port", "--metrics-host", "--allow-metric", "--allow-pickled-weights"
         }  # fmt: skip
 
     @pytest.mark.parametrize(

@@ -99,6 +99,13 @@ class TestSubmit:
         assert client.submitted[0]["env"]["excludes"] == list(EXCLUDES)
         assert {"*.zarr", "runs/", "*.safetensors", "*.bin", "*.ckpt", ".venv", ".git"} <= set(EXCLUDES)
 
+    def test_the_job_serves_metrics_if_it_is_told_to(self, here, client):
+        assert submit("--metrics-port", "9108", "--metrics-host", "0.0.0.0") == OK
+        words = shlex.split(client.submitted[0]["entrypoint"])
+        assert words[-4:] == ["--metrics-port", "9108", "--metrics-host", "0.0.0.0"]
+        _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
+        assert bound.arguments["metrics_port"] == 9108
+
     def test_the_job_runs_the_sweep_with_the_same_settings(self, here, client):
         """The entry point goes through a shell and must come out as the arguments that went in."""
         overrides = ["--set", "sampler.steps=2", "--set", "task.pairs=['red/blue', red/any]"]
