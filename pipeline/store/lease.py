@@ -332,13 +332,20 @@ def request_stop(place: Place, why: str) -> str | None:
 
     Returns
     -------
-    Its name, or None if nobody holds the lease. A holder may have died since without a word.
+    Its name, or None if nobody holds the lease, so that nothing was written. One of another machine may have died
+    without a word.
     """
     location = locate(place)
     claim = newest_claim(location)
-    told = {"why": why, "generation": claim.generation if claim else 0}
-    location.write(STOP, json.dumps(told).encode())
-    return str(claim) if claim is not None and not claim.released else None
+    if claim is None or claim.released or _has_ended(claim.holder):
+        return None
+    location.write(STOP, json.dumps({"why": why, "generation": claim.generation}).encode())
+    return str(claim)
+
+
+def _has_ended(holder: Holder | None) -> bool:
+    """Whether a holder is known to be dead."""
+    return holder is not None and Holder.here().shares_machine(holder) and not holder.lives()
 
 
 def stop_requested(place: Place, since_generation: int) -> str | None:

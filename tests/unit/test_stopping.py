@@ -68,7 +68,8 @@ class TestRequests:
         assert len(asked) == 10
 
     def test_a_reason_stays(self, tmp_path, clock):
-        stop = Stopping(tmp_path, 0, clock=clock)
+        Lease(tmp_path, beats=False).acquire()
+        stop = Stopping(tmp_path, 1, clock=clock)
         request_stop(tmp_path, "enough")
         assert stop() == "enough"
         (tmp_path / "stop.json").unlink()

@@ -46,8 +46,8 @@ def finished(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     finish(folder, plan)
     lease = Lease(folder)
     lease.acquire()
-    lease.release()
     request_stop(folder, "cancelled")
+    lease.release()
     (folder / "map" / "x.123.partial").write_bytes(b"half")
     return folder
 
