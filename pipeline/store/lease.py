@@ -166,7 +166,8 @@ class Lease:
 
         Raises
         ------
-        LeaseLostError : another process took over, or may have, because this one was silent for too long.
+        LeaseLostError : another process took over, or may have, because this one was silent for too long; or the
+            store was removed.
         """
         if not self.generation:
             raise LeaseLostError(f"store {self.location} is not held by this process. Run the same command again.")
@@ -189,7 +190,7 @@ class Lease:
 
         Raises
         ------
-        LeaseLostError : another process took over.
+        LeaseLostError : another process took over, or the store was removed.
         """
         with self._lock:
             if self.generation:
@@ -207,8 +208,8 @@ class Lease:
                 return
             # Where that fails, whoever wants it next waits for it, or sees that this process has ended.
             with suppress(OSError, StoreError):
-                if newest_generation(self.location) == self.generation:
-                    self.location.write(key_of(self.generation), self._content(released=True))
+                self._require_newest()
+                self.location.write(key_of(self.generation), self._content(released=True))
             self.generation = 0
 
     def _silence(self) -> float:
@@ -221,6 +222,13 @@ class Lease:
             raise LeaseLostError(
                 f"store {self.location} was taken over by {claim or 'another process'} while this one was silent. "
                 "What it had finished is safe; leave the rest to the other."
+            )
+        mine = Claim.read(self.location, self.generation)
+        # A damaged file names nobody; one of a store that was begun anew in this place has another's token.
+        if mine is None or (mine.token and mine.token != self._token):
+            raise LeaseLostError(
+                f"store {self.location} was removed while this process drove it. Nothing more is written there; "
+                "run the same command again to begin it anew."
             )
 
     def _await_death(self, claim: Claim) -> None:
@@ -287,7 +295,9 @@ class Lease:
         with suppress(OSError, StoreError):
             for generation in _generations(self.location)[:-2]:
                 self.location.delete(key_of(generation))
-            self.location.delete(STOP)
+            # One to this driver may be there already, from the moment that the lease was taken.
+            if stop_requested(self.location, self.generation) is None:
+                self.location.delete(STOP)
 
     def _beat_until(self, ended: threading.Event) -> None:
         while not ended.wait(min(BEAT_SECONDS, self.ttl / 6)):
