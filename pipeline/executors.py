@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,13 +82,19 @@ def _connect(options: PoolOptions) -> str:
         return "cluster"
     ray.init(
         address="local",
-        num_cpus=max(1, round(options.replicas * options.cpus_per_replica)),
+        num_cpus=local_cpus(options),
         object_store_memory=100 * 2**20,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
     return "local"
+
+
+def local_cpus(options: PoolOptions) -> int:
+    """Return the CPUs that a Ray of this machine must count for the whole pool; Ray counts whole ones."""
+    # Rounded first, as 3 * 0.1 is more than 0.3 in binary fractions.
+    return max(1, math.ceil(round(options.replicas * options.cpus_per_replica, 6)))
 
 
 def _factory(plan: Plan, place: Place) -> Callable[[], Any]:
