@@ -105,7 +105,7 @@ class Journal:
         for line in self._read_lines():
             if not line.strip():
                 continue
-            entry = _opened(line.rstrip())
+            entry = opened(line.rstrip())
             if entry is None:
                 self.skipped += 1
             else:
@@ -167,7 +167,7 @@ def _sealed(entry: dict[str, Any]) -> bytes:
     return text[:-1] + f', "crc": "{zlib.crc32(text):08x}"}}\n'.encode()
 
 
-def _opened(line: bytes) -> dict[str, Any] | None:
+def opened(line: bytes) -> dict[str, Any] | None:
     """Return the entry of a line without its checksum; None if it is no entry, or not the one that was written."""
     if seal := _SEAL.search(line):
         line = line[: seal.start()] + b"}"
