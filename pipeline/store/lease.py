@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.store.errors import LeaseLostError, StoreError, reason_of
+from pipeline.store.journal import newest_told
 from pipeline.store.location import Location, Place, locate
 
 FOLDER = "lease"
@@ -145,10 +146,12 @@ class Lease:
         """
         try:
             for _ in range(_ATTEMPTS):
+                # In this order: who has written to the journal already is found as the newest holder.
+                told = newest_told(self.location)
                 newest = newest_claim(self.location)
                 if newest is not None and not newest.released:
                     self._await_death(newest)
-                if self._claim((newest.generation if newest else 0) + 1):
+                if self._claim(max(newest.generation if newest else 0, told) + 1):
                     break
             else:
                 raise StoreError(f"store {self.location} is being fought over. Start one driver at a time.")
