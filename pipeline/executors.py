@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -15,6 +16,8 @@ from pipeline.plan import Plan
 from pipeline.store import Place, locate
 
 MakeExecutor: TypeAlias = Callable[[Plan, Place], Executor]
+
+_LISTENER_S = 10.0
 
 # Replicas inherit these: glibc would otherwise give every forward's buffers back to the system.
 _ENVIRONMENT = {
@@ -73,8 +76,9 @@ def _connect(options: PoolOptions) -> str:
         return "given"
     if address := os.environ.get("RAY_ADDRESS"):
         try:
+            _require_listener(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        except (ray.exceptions.RayError, OSError, OverflowError, RuntimeError, ValueError) as error:
             raise PoolError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. "
                 "Start it, or unset RAY_ADDRESS to run on this machine."
@@ -89,6 +93,13 @@ def _connect(options: PoolOptions) -> str:
         logging_level=logging.ERROR,
     )
     return "local"
+
+
+def _require_listener(address: str) -> None:
+    """Raise OSError if nobody listens at ``HOST:PORT``: Ray would try for many minutes, without a word of ours."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENER_S).close()
 
 
 def local_cpus(options: PoolOptions) -> int:
