@@ -28,7 +28,7 @@ class TestAddress:
     def test_nobody_there_is_said_before_ray_tries_for_minutes(self, monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
         monkeypatch.setattr(ray, "init", lambda **given: pytest.fail("Ray was asked"))
-        with pytest.raises(PoolError, match=r"^no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:9: .*refused\. Start it"):
+        with pytest.raises(PoolError, match=r"^no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:9: .*refused\. "):
             executors._connect(PoolOptions())
 
     @pytest.mark.parametrize("address", ["auto", "ray://head:10001", "local"])
@@ -46,5 +46,7 @@ class TestAddress:
 
         monkeypatch.setenv("RAY_ADDRESS", "auto")
         monkeypatch.setattr(ray, "init", refuse)
-        with pytest.raises(PoolError, match="no Ray cluster answers at RAY_ADDRESS=auto: .*(no token|gone|no address)"):
+        with pytest.raises(
+            PoolError, match=r"no Ray cluster answers at RAY_ADDRESS=auto: .*(no token|gone|no address)"
+        ):
             executors._connect(PoolOptions())

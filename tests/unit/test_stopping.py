@@ -77,7 +77,6 @@ class TestRequests:
         clock.now += 10 * ASK_SECONDS
         assert stop() == "enough"
 
-
     @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), StoreError("s3://b/x cannot be reached")])
     def test_a_store_that_does_not_answer_is_asked_again_later(self, error, tmp_path, clock, monkeypatch):
         """A week of work must not end because one small file could not be read for a moment."""

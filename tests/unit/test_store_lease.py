@@ -278,7 +278,7 @@ class TestKeeping:
             assert second.generation == first.generation
         before = {key: place.read(key) for key in place.list()}
         for act in (first.check, first.beat):
-            with pytest.raises(LeaseLostError, match=r"was removed while this process drove it\. Nothing more is written"):
+            with pytest.raises(LeaseLostError, match=r"was removed while this process drove it\. Nothing"):
                 act()
         first.release()
         assert {key: place.read(key) for key in place.list()} == before
