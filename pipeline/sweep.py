@@ -118,8 +118,10 @@ def run_sweep(
             consolidate(location)
         return _summarise(drive.result, ledger)
     finally:
-        journal.close()
-        lease.release()
+        try:
+            journal.close()
+        finally:
+            lease.release()
 
 
 class _Drive:
@@ -164,11 +166,16 @@ class _Drive:
             for unit in self._ledger.pending(numbers)
         )
         try:
-            finished = executor.run(units, self._on_event, self._stopping)
+            finished = executor.run(units, self._on_event, self._stop)
         except KeyboardInterrupt:
             self.result.stopped = self._stopping.reason or "Ctrl-C"
         else:
             self.result.stopped = None if finished else self._stopping() or "it was told to"
+
+    def _stop(self) -> str | None:
+        # Units may take hours: what is done is told, and a lease that is lost is noticed, between two events too.
+        self._ledger.flush()
+        return self._stopping()
 
     def _may_start(self, numbers: range) -> bool:
         """Whether these units can run now; before the first that verify, the cells are chosen from what is stored."""

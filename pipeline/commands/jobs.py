@@ -154,10 +154,11 @@ def cancel(
     Example: ``stepscope cancel configs/maze_demo.yaml --address http://HEAD:8265``
     """
     if _is_store(target):
-        from pipeline.store import request_stop  # type: ignore[attr-defined]
+        from pipeline.store import open_store, request_stop
 
         require_plain(target, chunks=False)
-        request_stop(target, "stepscope cancel")
+        if request_stop(open_store(target).location, "stepscope cancel") is None:
+            raise UsageError(f"nobody drives store {target}. There is nothing to cancel.")
         say(f"Asked the driver of {target} to stop once its running units are done. Running it again resumes.")
         return OK
     from cluster.jobs import connect

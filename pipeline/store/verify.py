@@ -142,8 +142,10 @@ def verify(place: Place, *, say: Callable[[str], None] | None = None) -> Finding
     try:
         return _Verification(store, journal, lease).run()
     finally:
-        journal.close()
-        lease.release()
+        try:
+            journal.close()
+        finally:
+            lease.release()
 
 
 class _Verification:
