@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +22,21 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
 from cluster.backend import Answer, BuildFailed, Built, Died, Finished, Leaving, Placed
+from cluster.events import Callback
 from cluster.notice import watch_for
 from cluster.options import PoolOptions
 from cluster.pool import Pool
-from cluster.work import Factory, Outcome, PoolError, Worker, attempt_unit, describe_error
+from cluster.work import (
+    Factory,
+    Outcome,
+    PoolError,
+    Stop,
+    Worker,
+    WorkUnit,
+    attempt_unit,
+    describe_error,
+    never,
+)
 
 __all__ = ["RayBackend", "RayPool", "places_on"]
 
@@ -260,6 +271,21 @@ class RayPool(Pool):
     def __init__(self, factory: Factory, options: PoolOptions | None = None, notices: Sequence[str] = ()) -> None:
         options = options or PoolOptions()
         super().__init__(RayBackend(factory, options, notices), options)
+
+    def run(self, units: Iterable[WorkUnit], on_event: Callback, stop: Stop = never) -> bool:
+        """Run all units; see ``Pool.run``.
+
+        Raises
+        ------
+        PoolError : also if Ray itself does not answer any more.
+        """
+        try:
+            return super().run(units, on_event, stop)
+        except RayError as error:
+            raise PoolError(
+                f"the Ray cluster stopped answering: {describe_error(error)}. "
+                "Finished units are safe; run the same command again once it is back."
+            ) from error
 
 
 def places_on(node: Mapping[str, float], options: PoolOptions) -> float:

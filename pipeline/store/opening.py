@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,8 +174,9 @@ def _create_folder(path: Path, plan: Plan) -> bool:
     """Create a store beside its place and move it there; return False if another first start was faster."""
     from zarr.storage import LocalStore
 
-    # Of this process alone: two first starts at once must not build in the same place.
-    building = path.with_name(f"{path.name}.{os.getpid()}.building")
+    # Of this process alone: two first starts at once, on machines that share the folder, must not build in one place.
+    machine = platform.node().replace(".", "-")
+    building = path.with_name(f"{path.name}.{machine}.{os.getpid()}.building")
     try:
         # os.path.exists is False where pathlib raises, as below a folder that may not be read.
         if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
@@ -181,7 +184,8 @@ def _create_folder(path: Path, plan: Plan) -> bool:
                 return False
             raise StoreError(f"{path} exists and is not a stepscope store. Use another --store.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        for rest in path.parent.glob(f"{path.name}.*.building"):
+        # Only here is it known that a process has ended.
+        for rest in path.parent.glob(f"{glob.escape(path.name)}.{glob.escape(machine)}.*.building"):
             if not _is_alive(rest.name.split(".")[-2]):
                 _remove(rest)
         try:

@@ -210,6 +210,24 @@ def test_run_ends_when_no_replica_is_left(bench: Callable[..., Bench]) -> None:
     assert single.done == sorted([0, 1, *range(8)])
 
 
+def test_a_ray_that_stops_answering_is_one_sentence(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single = bench()
+
+    def silent(*args: Any, **kwargs: Any) -> Any:
+        raise ray.exceptions.RaySystemError("connection to the head was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "wait", silent)
+        with pytest.raises(
+            PoolError, match=r"^the Ray cluster stopped answering: .*the head was lost.* Finished units"
+        ):
+            single.run(2)
+    single.run(2)
+    assert sorted(single.done) == [0, 1]
+
+
 def test_gpu_that_the_cluster_lacks_is_an_error_with_the_numbers(bench: Callable[..., Bench]) -> None:
     with pytest.raises(PoolError) as caught:
         bench(gpus_per_replica=1).run(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -35,6 +36,7 @@ from pipeline.store import (
 from pipeline.store import opening as opening_module
 from pipeline.store import template as template_module
 
+HERE = platform.node().replace(".", "-")
 STEPS, LAYERS = 3, 6
 
 
@@ -201,14 +203,21 @@ class TestCreate:
 
     def test_rest_of_a_killed_creation_is_replaced(self, tmp_path, plan):
         ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-        rest = tmp_path / f"run.zarr.{int(ended.stdout)}.building"
+        rest = tmp_path / f"run.zarr.{HERE}.{int(ended.stdout)}.building"
         rest.mkdir()
         (rest / "zarr.json").write_text("{}")
         open_or_create(tmp_path / "run.zarr", plan)
         assert [p.name for p in tmp_path.iterdir()] == ["run.zarr"]
 
     def test_creation_of_a_living_process_is_left_alone(self, tmp_path, plan):
-        other = tmp_path / f"run.zarr.{os.getppid()}.building"
+        other = tmp_path / f"run.zarr.{HERE}.{os.getppid()}.building"
+        other.mkdir()
+        open_or_create(tmp_path / "run.zarr", plan)
+        assert other.exists()
+
+    def test_creation_on_another_machine_is_left_alone(self, tmp_path, plan):
+        ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+        other = tmp_path / f"run.zarr.another-{HERE}.{int(ended.stdout)}.building"
         other.mkdir()
         open_or_create(tmp_path / "run.zarr", plan)
         assert other.exists()
