@@ -93,7 +93,7 @@ def run_sweep(
     store = open_or_create(location, plan, say=say)
     lease = Lease(location, say=say)
     lease.acquire()
-    journal = Journal(location, lease.generation)
+    journal = Journal(location, lease.generation, lease.check)
     try:
         store.sweep_partial_files()
         ledger = Ledger(store, plan, journal, lease)
@@ -203,6 +203,8 @@ class _Drive:
             text = f"{name}: cells are verified once {self.result.unscreened} more samples are screened"
             self.result.errors.append(text)
             return False
+        # Nobody but the holder of the lease may choose.
+        self._ledger.flush(force=True)
         self._store.write_selection(name, select(mean_over_samples(self._store.estimates(name)), settings))
         return True
 

@@ -14,7 +14,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,16 +166,21 @@ class SyntheticReplica:
                 raise RuntimeError(f"planted failure of unit {unit.id}")
             case "hang":
                 time.sleep(HANGS_S)
-        writes, counts = self._baseline(unit) if unit.group == BASELINE else self._cells(unit, spoiled=fault == "nan")
-        values = {f"{group}/{name}": value for group, name, value, _ in writes}
+        writes, receipt = self.prepare(unit, spoiled=fault == "nan" and unit.group != BASELINE)
         self._write(writes, fault)
-        return Receipt(
-            **counts,
-            bytes=sum(value.nbytes for value in values.values()),
-            row_forwards=0,
-            seconds=round(time.perf_counter() - started, 4),
-            digest=self._digest_of(values),
-        )
+        return replace(receipt, seconds=round(time.perf_counter() - started, 4))
+
+    def prepare(self, unit: Unit, *, spoiled: bool = False) -> tuple[list[Write], Receipt]:
+        """Return what is to be written of a unit, array by array, and the receipt for all of it.
+
+        Parameters
+        ----------
+        spoiled : one cell has no value.
+        """
+        writes, counts = (self._baseline if unit.group == BASELINE else self._cells)(unit, spoiled=spoiled)
+        values = {f"{group}/{name}": value for group, name, value, _ in writes}
+        written = sum(value.nbytes for value in values.values())
+        return writes, Receipt(**counts, bytes=written, row_forwards=0, seconds=0.0, digest=self._digest_of(values))
 
     def _write(self, writes: list[Write], fault: str | None) -> None:
         for position, (_, _, _, write) in enumerate(writes):
@@ -188,12 +193,14 @@ class SyntheticReplica:
         if fault in DEATHS:
             die()
 
-    def _baseline(self, unit: Unit) -> tuple[list[Write], dict[str, int]]:
+    def _baseline(self, unit: Unit, *, spoiled: bool) -> tuple[list[Write], dict[str, int]]:
         shapes, sample = self.shapes, unit.sample
         values: list[tuple[str, str, NDArray[Any], int]] = [
             (BASELINE, name, sample_values(BASELINE, name, sample, shape), sample)
             for name, shape in shapes.baseline.items()
         ]
+        if spoiled:
+            values[0][2][0] = np.nan
         values += [
             (name, ESTIMATE, sample_values(name, ESTIMATE, sample, shapes.cells[name]), sample)
             for name in shapes.screened
@@ -204,7 +211,7 @@ class SyntheticReplica:
             (group, name, value, functools.partial(self.store.write_sample, group, {name: value}, position))
             for group, name, value, position in values
         ]
-        return writes, {"cells": 2, "failed": 0}
+        return writes, {"cells": 2, "failed": int(spoiled)}
 
     def _cells(self, unit: Unit, *, spoiled: bool) -> tuple[list[Write], dict[str, int]]:
         shape = self.shapes.cells[unit.group]

@@ -14,16 +14,11 @@ from pipeline.plan import BASELINE
 from pipeline.screening import DRAWN, ESTIMATE, EXACT
 from pipeline.store.errors import CorruptedError, reading
 from pipeline.store.location import Location
-from pipeline.store.regions import Store
+from pipeline.store.regions import Store, chunk_key
 
 EFFECTS, PREVIEWS = "effects", "previews"
 _LATER = ("agreement",)
 """Attributes that are added to a template when a sweep ends."""
-
-
-def chunk_key(array: Any, position: tuple[int, ...]) -> str:
-    """Return the key of a chunk of an array by its position in the grid of chunks."""
-    return f"{array.path}/{array.metadata.encode_chunk_key(position)}"
 
 
 def chunk_keys(array: Any) -> Iterator[str]:

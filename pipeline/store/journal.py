@@ -7,10 +7,11 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
-from pipeline.store.errors import storage_error
+from pipeline.store.errors import LeaseLostError, storage_error
 from pipeline.store.location import Folder, Place, locate
 
 PENDING, DONE, FAILED = 0, 1, 2
@@ -49,15 +50,18 @@ class Journal:
     Parameters
     ----------
     place : of the store. generation : of the lease of the driver that writes; readers need none.
+    check : raises unless the lease is still held; called before every write. A late line of a driver that was taken
+        over from would have the last word on a unit, which a verification may have found bad meanwhile.
 
     Attributes
     ----------
     skipped : lines that the last reading could not use: torn by a kill, or corrupted.
     """
 
-    def __init__(self, place: Place, generation: int = 0) -> None:
+    def __init__(self, place: Place, generation: int = 0, check: Callable[[], None] | None = None) -> None:
         self.location = locate(place)
         self.generation = generation
+        self._check = check or (lambda: None)
         self.skipped = 0
         self._file: int | None = None
         self._torn = False
@@ -71,7 +75,7 @@ class Journal:
 
         Raises
         ------
-        StorageFullError, StorageReadOnlyError : the line cannot be written.
+        StorageFullError, StorageReadOnlyError : the line cannot be written. LeaseLostError : it may not be.
         """
         line = _sealed({"time": round(time.time(), 3), **entry})
         if isinstance(self.location, Folder):
@@ -88,13 +92,15 @@ class Journal:
     def flush(self) -> None:
         """Make every appended line safe; a request for each call in a bucket, so call it every few seconds."""
         if self._dirty:
+            self._check()
             key = f"{SEGMENTS}/{self.generation:06d}-{self._next_segment():06d}.jsonl"
             self.location.write(key, b"".join(self._lines))
             self._dirty = False
 
     def close(self) -> None:
-        """Flush, and close the file; another append opens it again."""
-        self.flush()
+        """Flush, and close the file; another append opens it again. Lines of a lease that was lost are dropped."""
+        with suppress(LeaseLostError):
+            self.flush()
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -142,6 +148,7 @@ class Journal:
     def _append_to_file(self, line: bytes) -> None:
         assert isinstance(self.location, Folder)
         path = self.location.path / LOCAL
+        self._check()
         try:
             if self._file is None:
                 self._torn = _ends_torn(path)

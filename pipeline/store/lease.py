@@ -319,7 +319,8 @@ def key_of(generation: int) -> str:
 
 
 def _generations(location: Location) -> list[int]:
-    stems = [Path(key).stem for key in location.list(FOLDER) if key.endswith(".json")]
+    names = [key.rpartition("/")[2] for key in location.list(FOLDER)]
+    stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 

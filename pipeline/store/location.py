@@ -195,10 +195,13 @@ class Folder(Location):
         (self.path / key).unlink(missing_ok=True)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        for folder, _, files in os.walk(self.path / prefix, onerror=_unlisted):
+        # Plain texts, as the lease is looked at before every line of the journal, and paths would take most of that.
+        top = str(self.path / prefix)
+        for folder, _, files in os.walk(top, onerror=_unlisted):
+            inside = [part for part in (prefix.strip("/"), folder[len(top) :].strip("/")) if part]
             for file in files:
                 if not file.endswith(PARTIAL):
-                    yield Path(folder, file).relative_to(self.path).as_posix()
+                    yield "/".join([*inside, file])
 
     def exists(self, key: str) -> bool:
         return os.path.exists(self.path / key)

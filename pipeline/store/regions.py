@@ -11,8 +11,13 @@ import zarr
 from numpy.typing import NDArray
 
 from pipeline.screening import DRAWN, ESTIMATE, ESTIMATED, EXACT, OPEN, VERIFIED, Selection
-from pipeline.store.errors import StoreError, reading, writing
+from pipeline.store.errors import CorruptedError, StoreError, reading, writing
 from pipeline.store.location import Place, locate
+
+
+def chunk_key(array: Any, position: tuple[int, ...]) -> str:
+    """Return the key of a chunk of an array by its position in the grid of chunks."""
+    return f"{array.path}/{array.metadata.encode_chunk_key(position)}"
 
 
 class Store:
@@ -101,12 +106,18 @@ class Store:
 
         Raises
         ------
-        CorruptedError : they cannot be read.
+        CorruptedError : they cannot be read, or are missing.
         """
         array = self.array(f"{group}/{ESTIMATE}")
         for sample in range(array.shape[0]):
             with reading(self.location, f"{group}/{ESTIMATE}[{sample}]"):
                 values = np.asarray(array[sample], dtype=np.float32)
+            # A chunk that is gone reads as NaN, and other cells would be chosen for good.
+            if np.isnan(values).all() and not self.location.exists(chunk_key(array, (sample, *[0] * values.ndim))):
+                raise CorruptedError(
+                    f"store {self.location}: {group}/{ESTIMATE}[{sample}] is missing. "
+                    f"Check the store with: stepscope verify {self.location}"
+                )
             yield values
 
     def write_selection(self, group: str, selection: Selection) -> None:

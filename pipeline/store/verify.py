@@ -138,7 +138,7 @@ def verify(place: Place, *, say: Callable[[str], None] | None = None) -> Finding
     store = open_store(place)
     lease = Lease(store.location, say=say)
     lease.acquire()
-    journal = Journal(store.location, lease.generation)
+    journal = Journal(store.location, lease.generation, lease.check)
     try:
         return _Verification(store, journal, lease).run()
     finally:

@@ -308,6 +308,7 @@ def test_a_driver_that_was_taken_over_from_stops_and_harms_nothing(config, undis
         patch.setattr(pipeline.replica.Replica, "run", taken_over)
         with pytest.raises(LeaseLostError, match="was taken over by process"):
             run_sweep(plan_of(config), store)
+    assert [entry["unit"] for entry in Journal(store).entries()] == [0, 1, 2, 3], "what it finished too late is told"
     others[0].release()
     assert main(["run", str(config), "--store", str(store)]) == 0
     assert_same_arrays(store, undisturbed)

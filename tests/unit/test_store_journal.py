@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, StorageFullError, locate, status_of
+from pipeline.store import (
+    DONE,
+    FAILED,
+    PENDING,
+    Journal,
+    Lease,
+    LeaseLostError,
+    Location,
+    StorageFullError,
+    locate,
+    status_of,
+)
 from pipeline.store import journal as journal_module
 
 
@@ -238,3 +249,41 @@ class TestCopies:
         journal.append(unit=2)
         journal.close()
         assert units(journal) == [1, 2]
+
+
+class TestLostLease:
+    """A driver that sleeps, is taken over from and wakes up must not have the last word on any unit."""
+
+    @pytest.fixture(params=["folder", "bucket"])
+    def place(self, request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+        if request.param == "folder":
+            return locate(tmp_path)
+        return locate(f"{request.getfixturevalue('bucket')}/run.zarr")
+
+    @staticmethod
+    def driver(place: Location) -> Journal:
+        lease = Lease(place, beats=False, lives=lambda holder: False)
+        lease.acquire()
+        return Journal(place, lease.generation, lease.check)
+
+    def test_nothing_is_written_any_more(self, place):
+        first = self.driver(place)
+        first.append(unit=1)
+        first.flush()
+        second = self.driver(place)
+        second.append(unit=2)
+        second.flush()
+        with pytest.raises(LeaseLostError, match="was taken over by process"):
+            [first.append(unit=3), first.flush()]
+        assert units(Journal(place)) == [1, 2]
+
+    def test_it_can_still_be_closed(self, place):
+        """``run_sweep`` closes the journal before it gives back the lease, whatever happened."""
+        first = self.driver(place)
+        first.append(unit=1)
+        first.flush()
+        self.driver(place)
+        with pytest.raises(LeaseLostError):
+            [first.append(unit=3), first.flush()]
+        first.close()
+        assert units(Journal(place)) == [1]

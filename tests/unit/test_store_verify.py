@@ -16,6 +16,7 @@ from pipeline.plan import Plan
 from pipeline.store import (
     DONE,
     PENDING,
+    CorruptedError,
     Findings,
     Journal,
     Lease,
@@ -210,6 +211,16 @@ class TestCellsWithoutAValue:
         store.array("screened/solved")[(0, *chosen)] = np.nan
         index = chosen[0] // store.array("screened/solved").chunks[1]
         assert bad(verify(folder)) == [("screened", index, "done, with cells without a value")]
+
+    def test_cells_are_not_chosen_from_estimates_that_are_gone(self, place):
+        """A missing chunk reads as NaN, which ranks last: other cells would be verified, and nobody would know."""
+        store = open_store(place)
+        assert len(list(store.estimates("screened"))) == 2
+        delete(place, "screened/estimate/c/1/0/0/0")
+        with pytest.raises(
+            CorruptedError, match=r"screened/estimate\[1\] is missing\. Check the store with: stepscope"
+        ):
+            list(store.estimates("screened"))
 
     def test_failed_unit_with_every_value_is_found(self, folder):
         entry = next(e for e in Journal(folder).entries() if (e["group"], e["index"]) == ("map", 1))
