@@ -8,7 +8,8 @@ export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
 export RAY_USAGE_STATS_ENABLED = 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint card check-card figures kind-figures watching-page recompute bench bench-cluster planted train clean
+.PHONY: setup demo test lint card check-card figures kind-figures watching-page recompute bench bench-cluster planted chaos
+.PHONY: train clean
 
 setup: $(READY)
 
@@ -49,6 +50,10 @@ watching-page: setup
 
 recompute: setup
 	$(BIN)/python -m tests.reference.recompute runs/maze_demo.zarr --cells 50
+
+chaos: setup
+	$(BIN)/python -m tests.chaos --trials 60 --out docs/chaos.json
+	$(BIN)/python -m docs.make_chaos_table
 
 bench: setup
 	$(BIN)/python -m benchmarks.naive_ratio

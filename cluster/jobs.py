@@ -39,6 +39,10 @@ class JobError(RuntimeError):
     """A cluster that does not answer as asked, or a job that is not as the caller believes."""
 
 
+class _SilentError(JobError):
+    """A cluster that did not answer this time."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """What to run, and what travels with it.
@@ -171,14 +175,21 @@ class Jobs:
         job = self.find(name)
         seen = 0
         while True:
-            position = 0
-            # A connection that breaks starts again from the first character.
-            for text in self._stream(job.id):
-                position += len(text)
-                if position > seen:
-                    yield text[seen - position :]
-                    seen = position
+            position, broken = 0, False
+            try:
+                # A connection that breaks starts again from the first character.
+                for text in self._stream(job.id):
+                    position += len(text)
+                    if position > seen:
+                        yield text[seen - position :]
+                        seen = position
+            except _SilentError:
+                # Whether it was the connection or the head is seen by asking for the job.
+                broken = True
             if not self._state(job.id).active:
+                if broken:
+                    with self._plainly():
+                        yield self._client.get_job_logs(job.id)[seen:]
                 return
             self._sleep(1.0)
 
@@ -222,13 +233,8 @@ class Jobs:
         loop = asyncio.new_event_loop()
         try:
             while True:
-                try:
-                    with self._plainly():
-                        text = loop.run_until_complete(_next(chunks))
-                except JobError as error:
-                    if "WebSocket" in str(error):
-                        return
-                    raise
+                with self._plainly():
+                    text = loop.run_until_complete(_next(chunks))
                 if text is None:
                     return
                 yield text
@@ -311,8 +317,10 @@ def _plainly(address: str) -> Iterator[None]:
         status = getattr(error, "status", None)
         if isinstance(error, AuthenticationError) or status in (401, 403):
             raise _refused(address, wrong=status == 403 or "Authentication failed" in str(error)) from error
-        if isinstance(error, OSError):
-            raise JobError(f"the Ray dashboard at {address} stopped answering: {_first_line(error)}.") from error
+        # Not every broken connection is an OSError in aiohttp, which streams logs.
+        of_stream = type(error).__module__.startswith("aiohttp.") or "WebSocket" in str(error)
+        if isinstance(error, OSError) or of_stream:
+            raise _SilentError(f"the Ray dashboard at {address} stopped answering: {_first_line(error)}.") from error
         if isinstance(error, RuntimeError | ValueError):
             raise JobError(f"the Ray cluster at {address} refused: {_first_line(error)}.") from error
         raise

@@ -30,7 +30,11 @@ def _bad_input() -> tuple[type[Exception], ...]:
     return *of_sweeps, JobError, PoolError, UsageError
 
 
-_NOT_WRITABLE = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_A_PATH = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,10 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, _bad_input()):
             say(f"stepscope: {error}")
             return BAD_INPUT
-        if isinstance(error, _NOT_WRITABLE):
+        if isinstance(error, OSError) and error.errno in _OF_A_PATH:
             say(f"stepscope: {error.filename or 'a file'}: {error.strerror}. Choose a path that can be written.")
             return BAD_INPUT
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in _FULL:
             say("stepscope: the disk is full. Finished units are safe; free space and run the same command again.")
             return BAD_INPUT
         raise

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cluster.notice import watch_for
 from pipeline import metrics as _metrics  # noqa: F401  (registers every metric)
 from pipeline import tasks as _tasks  # noqa: F401  (registers every task)
 from pipeline.experiment import Experiment, ExperimentError, Problem, parse, unknown
@@ -69,11 +70,13 @@ class RunConfig(_Frozen):
     max_attempts: Annotated[int, Field(ge=1, description="tries before a unit is parked with its error")] = 3
     max_restarts: Annotated[int, Field(ge=0, description="deaths in a row of one replica")] = 5
     start_timeout_s: Annotated[float, Field(gt=0, description="to load the model, once a place is found")] = 1800.0
-    capacity_wait_s: Annotated[float, Field(ge=0, description="for nodes that can hold a replica to come")] = 30.0
+    capacity_wait_s: Annotated[float, Field(ge=0, description="for nodes that can hold a replica to come")] = 25.0
     lease_s: Annotated[float, Field(gt=0, description="a unit may run; its replica counts as hung after it")] = 3600.0
     straggler_factor: Annotated[float, Field(ge=0, description="times the expected time; 0 copies no unit")] = 3.0
     idle_release_s: Annotated[float, Field(ge=0, description="before a replica without work gives up its GPU")] = 60.0
-    drain_s: Annotated[float, Field(ge=0, description="for units in flight when the sweep is told to stop")] = 120.0
+    drain_s: Annotated[float, Field(ge=0, le=1e6, description="for units in flight when the sweep is told to stop")] = (
+        120.0
+    )
     notices: Annotated[
         tuple[str, ...], Field(description="where a node learns that it will go: aws, gcp, azure, or file:PATH")
     ] = ()
@@ -152,6 +155,7 @@ def validate(
     problems += _task_problems(raw.get("task"))
     problems += _metric_problems(raw)
     problems += _device_problems(config)
+    problems += _notice_problems(config)
     problems += _credential_problems(raw)
     problems += _experiment_problems(raw.get("experiments"))
     if problems or config is None:
@@ -233,14 +237,30 @@ def _not_allowed(name: str) -> str:
 
 
 def _device_problems(config: SweepConfig | None) -> list[Problem]:
-    if config is None or config.model.device_map == "none":
+    if config is None:
         return []
     found: list[Problem] = []
+    gpus = config.run.gpus_per_replica
+    if gpus > 1 and not gpus.is_integer():
+        # Ray refuses it too, but only once the first replica is asked for.
+        found.append((("run", "gpus_per_replica"), f"use a share of one GPU or whole ones, got {gpus:g}"))
+    if config.model.device_map == "none":
+        return found
     if config.model.device == "cpu":
         found.append((("model", "device_map"), "balanced spreads a pipeline over GPUs, and device is cpu"))
     if config.run.replicas and config.run.gpus_per_replica < 2:
         text = f"balanced needs run.gpus_per_replica of 2 or more, got {config.run.gpus_per_replica:g}"
         found.append((("model", "device_map"), text))
+    return found
+
+
+def _notice_problems(config: SweepConfig | None) -> list[Problem]:
+    found: list[Problem] = []
+    for i, name in enumerate(config.run.notices if config is not None else ()):
+        try:
+            watch_for([name])
+        except ValueError as error:
+            found.append((("run", "notices", i), str(error)))
     return found
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -14,6 +16,8 @@ from pipeline.plan import Plan
 from pipeline.store import Place, locate
 
 MakeExecutor: TypeAlias = Callable[[Plan, Place], Executor]
+
+_LISTENER_S = 10.0
 
 # Replicas inherit these: glibc would otherwise give every forward's buffers back to the system.
 _ENVIRONMENT = {
@@ -72,8 +76,9 @@ def _connect(options: PoolOptions) -> str:
         return "given"
     if address := os.environ.get("RAY_ADDRESS"):
         try:
+            _require_listener(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        except (ray.exceptions.RayError, OSError, OverflowError, RuntimeError, ValueError) as error:
             raise PoolError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. "
                 "Start it, or unset RAY_ADDRESS to run on this machine."
@@ -81,13 +86,26 @@ def _connect(options: PoolOptions) -> str:
         return "cluster"
     ray.init(
         address="local",
-        num_cpus=max(1, round(options.replicas * options.cpus_per_replica)),
+        num_cpus=local_cpus(options),
         object_store_memory=100 * 2**20,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
     return "local"
+
+
+def _require_listener(address: str) -> None:
+    """Raise OSError if nobody listens at ``HOST:PORT``: Ray would try for many minutes, without a word of ours."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENER_S).close()
+
+
+def local_cpus(options: PoolOptions) -> int:
+    """Return the CPUs that a Ray of this machine must count for the whole pool; Ray counts whole ones."""
+    # Rounded first, as 3 * 0.1 is more than 0.3 in binary fractions.
+    return max(1, math.ceil(round(options.replicas * options.cpus_per_replica, 6)))
 
 
 def _factory(plan: Plan, place: Place) -> Callable[[], Any]:

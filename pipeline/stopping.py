@@ -6,11 +6,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cluster.notice import watch_for
-from pipeline.store import Place, stop_requested
+from pipeline.store import Place, StoreError, stop_requested
 
 ASK_SECONDS = 5.0
 """How often the store and the machine are asked."""
@@ -40,12 +40,20 @@ class Stopping:
         """Return the reason to stop, if there is one."""
         if self.reason is None and self._clock() - self._asked >= ASK_SECONDS:
             self._asked = self._clock()
-            self.reason = stop_requested(self._place, self._generation) or self._notice()
+            self.reason = self._requested() or self._notice()
         return self.reason
+
+    def _requested(self) -> str | None:
+        # Nobody asks where the store does not answer; whether the sweep can go on shows when it writes.
+        with suppress(OSError, StoreError):
+            return stop_requested(self._place, self._generation)
+        return None
 
     @contextmanager
     def on_signals(self, drain_s: float, say: Callable[[str], None]) -> Iterator[None]:
         """Take the first Ctrl-C or SIGTERM as a reason; a second one, or running on long after it, interrupts.
+
+        After another reason the first SIGTERM is awaited: who announces that a machine will go sends it next.
 
         Parameters
         ----------
@@ -55,11 +63,16 @@ class Stopping:
             yield
             return
 
+        signalled = False
+
         def stop(number: int, frame: Any) -> None:
-            if self.reason is not None:
+            nonlocal signalled
+            if signalled or (self.reason is not None and number == signal.SIGINT):
                 raise KeyboardInterrupt
-            self.reason = _SIGNALS[signal.Signals(number)]
-            say(f"{self.reason}: units in flight may finish within {drain_s:g} s; once more stops at once.")
+            signalled = True
+            name = _SIGNALS[signal.Signals(number)]
+            self.reason = self.reason or name
+            say(f"{name}: units in flight may finish within {drain_s:g} s; once more stops at once.")
             signal.setitimer(signal.ITIMER_REAL, drain_s + _GRACE_S)
 
         def interrupt(number: int, frame: Any) -> None:

@@ -111,17 +111,26 @@ def run_sweep(
         if not drive.result.interrupted:
             # A selection that was damaged is chosen again, though no unit waits for it.
             drive.choose_again()
+        if drive.lost:
+            store.sweep_partial_files()
         judged = not drive.result.interrupted and _judge(location, plan, again=bool(units))
         if units or judged:
             consolidate(location)
         return _summarise(drive.result, ledger)
     finally:
-        journal.close()
-        lease.release()
+        try:
+            journal.close()
+        finally:
+            lease.release()
 
 
 class _Drive:
-    """One call of ``run_sweep`` while it hands out units: what it does with every event."""
+    """One call of ``run_sweep`` while it hands out units: what it does with every event.
+
+    Attributes
+    ----------
+    lost : replicas that died, maybe in the middle of a write.
+    """
 
     def __init__(
         self,
@@ -132,7 +141,7 @@ class _Drive:
         stopping: Stopping,
         observe: Observer | None,
     ) -> None:
-        self.result = SweepResult()
+        self.result, self.lost = SweepResult(), 0
         self._plan, self._store, self._ledger, self._journal = plan, store, ledger, journal
         self._stopping, self._observe = stopping, observe
 
@@ -157,11 +166,16 @@ class _Drive:
             for unit in self._ledger.pending(numbers)
         )
         try:
-            finished = executor.run(units, self._on_event, self._stopping)
+            finished = executor.run(units, self._on_event, self._stop)
         except KeyboardInterrupt:
             self.result.stopped = self._stopping.reason or "Ctrl-C"
         else:
             self.result.stopped = None if finished else self._stopping() or "it was told to"
+
+    def _stop(self) -> str | None:
+        # Units may take hours: what is done is told, and a lease that is lost is noticed, between two events too.
+        self._ledger.flush()
+        return self._stopping()
 
     def _may_start(self, numbers: range) -> bool:
         """Whether these units can run now; before the first that verify, the cells are chosen from what is stored."""
@@ -200,6 +214,7 @@ class _Drive:
         elif isinstance(event, UnitFailed) and unit is not None:
             self._failed(event, unit)
         elif isinstance(event, UnitRetried | ReplicaLost):
+            self.lost += isinstance(event, ReplicaLost)
             self._journal.append(unit=number, replica=event.replica, retried=redact(event.error))
         self._ledger.flush()
         if self._observe is not None:

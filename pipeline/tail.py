@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from pipeline.store.journal import opened
 
 BLOCK = 2**20
 """Bytes read at once; a longer line is no entry of ours and is skipped."""
@@ -172,12 +173,5 @@ def _used(block: bytes) -> int:
 
 
 def _entries(text: bytes) -> list[dict[str, Any]]:
-    entries = []
-    for line in text.decode("utf-8", errors="replace").split("\n"):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict):
-            entries.append(entry)
-    return entries
+    # As whoever resumes reads them: what it does not believe is not shown either.
+    return [entry for line in text.split(b"\n") if (entry := opened(line.rstrip())) is not None]

@@ -22,10 +22,13 @@ from cyclopts import Parameter
 from pipeline.commands.options import (
     FAILED,
     INTERRUPTED,
+    METRICS_HOST,
     OK,
     AllowMetric,
     AllowPickledWeights,
     Config,
+    MetricsHost,
+    MetricsPort,
     Set,
     UsageError,
     allowed,
@@ -34,7 +37,6 @@ from pipeline.commands.options import (
     whole_number,
 )
 from pipeline.foreign import require_plain
-from pipeline.permissions import NOTHING, Permissions
 
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
@@ -73,6 +75,8 @@ def submit(
     ] = None,
     wait: Annotated[bool, Parameter(negative="", help="Wait until the job ends, and take its exit code.")] = False,
     follow: Follow = False,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = METRICS_HOST,
     allow_metric: AllowMetric = None,
     allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:
@@ -90,12 +94,15 @@ def submit(
     loaded = load_config(config, overrides)
     require_shared(store)
     values = _chosen(env or [])
+    options = permissions.options()
+    if metrics_port is not None:
+        options += ["--metrics-port", str(metrics_port), "--metrics-host", metrics_host]
     with _upload(config, working_dir) as (folder, name):
         jobs = connect(address)
         job = jobs.submit(
             Submission(
                 id=work_id(loaded),
-                entrypoint=_entrypoint(name, store, set_ or [], replicas, permissions),
+                entrypoint=_entrypoint(name, store, set_ or [], replicas, options),
                 working_dir=folder,
                 excludes=EXCLUDES,
                 env=values,
@@ -147,10 +154,11 @@ def cancel(
     Example: ``stepscope cancel configs/maze_demo.yaml --address http://HEAD:8265``
     """
     if _is_store(target):
-        from pipeline.store import request_stop  # type: ignore[attr-defined]
+        from pipeline.store import open_store, request_stop
 
         require_plain(target, chunks=False)
-        request_stop(target, "stepscope cancel")
+        if request_stop(open_store(target).location, "stepscope cancel") is None:
+            raise UsageError(f"nobody drives store {target}. There is nothing to cancel.")
         say(f"Asked the driver of {target} to stop once its running units are done. Running it again resumes.")
         return OK
     from cluster.jobs import connect
@@ -218,16 +226,13 @@ def require_shared(store: str) -> None:
         )
 
 
-def _entrypoint(
-    config: str, store: str, overrides: list[str], replicas: int | None, permissions: Permissions = NOTHING
-) -> str:
+def _entrypoint(config: str, store: str, overrides: list[str], replicas: int | None, options: list[str]) -> str:
     words = ["stepscope", "run", config, "--store", store]
     for text in overrides:
         words += ["--set", text]
     if replicas is not None:
         words += ["--replicas", str(replicas)]
-    words += permissions.options()
-    return shlex.join(words)
+    return shlex.join([*words, *options])
 
 
 @contextmanager

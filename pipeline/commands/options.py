@@ -58,6 +58,13 @@ def whole_number(type_: Any, tokens: Sequence[Token]) -> int:
     return int(tokens[0].value)
 
 
+MetricsPort = Annotated[
+    int | None, Parameter(converter=whole_number, help="Serve Prometheus metrics at this port; 0 for a free one.")
+]
+MetricsHost = Annotated[str, Parameter(help="Address that the metrics are served at.")]
+METRICS_HOST = "127.0.0.1"
+
+
 def allowed(metrics: Sequence[str] | None = None, pickled_weights: bool = False) -> Permissions:
     """Return what the options of a command allow, in force in this process.
 

@@ -61,6 +61,8 @@ def _print(found: Findings) -> None:
         print(f"{found.undigested} units have no receipt in the journal: only checksums and NaN speak for them")
     if found.skipped_lines:
         print(f"{found.skipped_lines} lines of the journal are torn or corrupted, and were skipped")
+    if found.leftovers:
+        print(f"{found.leftovers} unfinished files of killed writers were deleted")
 
 
 @app.command

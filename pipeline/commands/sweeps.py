@@ -14,10 +14,13 @@ from cyclopts import Parameter
 from pipeline.commands.options import (
     FAILED,
     INTERRUPTED,
+    METRICS_HOST,
     OK,
     AllowMetric,
     AllowPickledWeights,
     Config,
+    MetricsHost,
+    MetricsPort,
     Set,
     UsageError,
     allowed,
@@ -44,10 +47,8 @@ def run(
     replicas: Annotated[
         int | None, Parameter(converter=whole_number, help="Model replicas; 0 runs in this process without Ray.")
     ] = None,
-    metrics_port: Annotated[
-        int | None, Parameter(converter=whole_number, help="Serve Prometheus metrics at this port; 0 for a free one.")
-    ] = None,
-    metrics_host: Annotated[str, Parameter(help="Address that the metrics are served at.")] = "127.0.0.1",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = METRICS_HOST,
     allow_metric: AllowMetric = None,
     allow_pickled_weights: AllowPickledWeights = False,
 ) -> int:

@@ -7,7 +7,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.store.errors import StoreError, reason_of
+from pipeline.store.errors import StoreError, reading, reason_of
 from pipeline.store.journal import PENDING
 from pipeline.store.lease import FOLDER, STOP
 from pipeline.store.location import PARTIAL, Place
@@ -30,7 +30,7 @@ def export_store(place: Place, out: Path, *, force: bool = False, partial: bool 
 
     Raises
     ------
-    StoreError : the place is no store, has pending units, or the file exists or cannot be written.
+    StoreError : the place is no store, has pending units or cannot be read, or the file exists or cannot be written.
     """
     store = open_store(place)
     pending = sum(int((states == PENDING).sum()) for states in states_of(store).values())
@@ -38,14 +38,15 @@ def export_store(place: Place, out: Path, *, force: bool = False, partial: bool 
         raise StoreError(f"store {store.location} has {pending} pending units. Finish it, or export it with --partial.")
     if os.path.lexists(out) and not force:
         raise StoreError(f"{out} exists. Choose another name, or replace it with --force.")
+    with reading(store.location, "its list of files"):
+        keys = [key for key in store.location.list() if key not in _LEFT_OUT and not key.startswith(f"{FOLDER}/")]
     unfinished = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
-            for key in store.location.list():
-                if key in _LEFT_OUT or key.startswith(f"{FOLDER}/"):
-                    continue
-                content = store.location.read(key)
+            for key in keys:
+                with reading(store.location, key):
+                    content = store.location.read(key)
                 if content is not None:
                     entry = zipfile.ZipInfo(key, date_time=_LONG_AGO)
                     entry.external_attr = 0o644 << 16

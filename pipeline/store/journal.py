@@ -105,7 +105,7 @@ class Journal:
         for line in self._read_lines():
             if not line.strip():
                 continue
-            entry = _opened(line.rstrip())
+            entry = opened(line.rstrip())
             if entry is None:
                 self.skipped += 1
             else:
@@ -134,9 +134,8 @@ class Journal:
     def _next_segment(self) -> int:
         """Return the number of the segment being written, after all that an earlier journal of this generation left."""
         if self._segment is None:
-            prefix = f"{SEGMENTS}/{self.generation:06d}-"
-            taken = [key for key in self._segment_keys() if key.startswith(prefix)]
-            numbers = [int(key.removeprefix(prefix).removesuffix(".jsonl")) for key in taken]
+            found = [match for key in self._segment_keys() if (match := _SEGMENT.fullmatch(key))]
+            numbers = [int(match[2]) for match in found if int(match[1]) == self.generation]
             self._segment = max(numbers, default=0) + 1
         return self._segment
 
@@ -158,6 +157,16 @@ class Journal:
             raise storage_error(error, str(path)) or error from error
 
 
+def newest_told(place: Place) -> int:
+    """Return the largest generation that a segment of the journal is of, 0 without one.
+
+    Of a store that was copied without its lease, the journal alone tells: lines of a later driver must come after.
+    """
+    keys = locate(place).list(SEGMENTS)
+    return max((int(found[1]) for key in keys if (found := _SEGMENT.fullmatch(key))), default=0)
+
+
+_SEGMENT = re.compile(rf"{SEGMENTS}/(\d{{6,12}})-(\d{{6,12}})\.jsonl")
 _SEAL = re.compile(rb', "crc": "([0-9a-f]{8})"}$')
 
 
@@ -167,7 +176,7 @@ def _sealed(entry: dict[str, Any]) -> bytes:
     return text[:-1] + f', "crc": "{zlib.crc32(text):08x}"}}\n'.encode()
 
 
-def _opened(line: bytes) -> dict[str, Any] | None:
+def opened(line: bytes) -> dict[str, Any] | None:
     """Return the entry of a line without its checksum; None if it is no entry, or not the one that was written."""
     if seal := _SEAL.search(line):
         line = line[: seal.start()] + b"}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.store.errors import LeaseLostError, StoreError, reason_of
+from pipeline.store.journal import newest_told
 from pipeline.store.location import Location, Place, locate
 
 FOLDER = "lease"
@@ -145,10 +146,12 @@ class Lease:
         """
         try:
             for _ in range(_ATTEMPTS):
+                # In this order: who has written to the journal already is found as the newest holder.
+                told = newest_told(self.location)
                 newest = newest_claim(self.location)
                 if newest is not None and not newest.released:
                     self._await_death(newest)
-                if self._claim((newest.generation if newest else 0) + 1):
+                if self._claim(max(newest.generation if newest else 0, told) + 1):
                     break
             else:
                 raise StoreError(f"store {self.location} is being fought over. Start one driver at a time.")
@@ -166,7 +169,8 @@ class Lease:
 
         Raises
         ------
-        LeaseLostError : another process took over, or may have, because this one was silent for too long.
+        LeaseLostError : another process took over, or may have, because this one was silent for too long; or the
+            store was removed.
         """
         if not self.generation:
             raise LeaseLostError(f"store {self.location} is not held by this process. Run the same command again.")
@@ -189,7 +193,7 @@ class Lease:
 
         Raises
         ------
-        LeaseLostError : another process took over.
+        LeaseLostError : another process took over, or the store was removed.
         """
         with self._lock:
             if self.generation:
@@ -207,8 +211,8 @@ class Lease:
                 return
             # Where that fails, whoever wants it next waits for it, or sees that this process has ended.
             with suppress(OSError, StoreError):
-                if newest_generation(self.location) == self.generation:
-                    self.location.write(key_of(self.generation), self._content(released=True))
+                self._require_newest()
+                self.location.write(key_of(self.generation), self._content(released=True))
             self.generation = 0
 
     def _silence(self) -> float:
@@ -221,6 +225,13 @@ class Lease:
             raise LeaseLostError(
                 f"store {self.location} was taken over by {claim or 'another process'} while this one was silent. "
                 "What it had finished is safe; leave the rest to the other."
+            )
+        mine = Claim.read(self.location, self.generation)
+        # A damaged file names nobody; one of a store that was begun anew in this place has another's token.
+        if mine is None or (mine.token and mine.token != self._token):
+            raise LeaseLostError(
+                f"store {self.location} was removed while this process drove it. Nothing more is written there; "
+                "run the same command again to begin it anew."
             )
 
     def _await_death(self, claim: Claim) -> None:
@@ -287,7 +298,9 @@ class Lease:
         with suppress(OSError, StoreError):
             for generation in _generations(self.location)[:-2]:
                 self.location.delete(key_of(generation))
-            self.location.delete(STOP)
+            # One to this driver may be there already, from the moment that the lease was taken.
+            if stop_requested(self.location, self.generation) is None:
+                self.location.delete(STOP)
 
     def _beat_until(self, ended: threading.Event) -> None:
         while not ended.wait(min(BEAT_SECONDS, self.ttl / 6)):
@@ -332,13 +345,20 @@ def request_stop(place: Place, why: str) -> str | None:
 
     Returns
     -------
-    Its name, or None if nobody holds the lease. A holder may have died since without a word.
+    Its name, or None if nobody holds the lease, so that nothing was written. One of another machine may have died
+    without a word.
     """
     location = locate(place)
     claim = newest_claim(location)
-    told = {"why": why, "generation": claim.generation if claim else 0}
-    location.write(STOP, json.dumps(told).encode())
-    return str(claim) if claim is not None and not claim.released else None
+    if claim is None or claim.released or _has_ended(claim.holder):
+        return None
+    location.write(STOP, json.dumps({"why": why, "generation": claim.generation}).encode())
+    return str(claim)
+
+
+def _has_ended(holder: Holder | None) -> bool:
+    """Whether a holder is known to be dead."""
+    return holder is not None and Holder.here().shares_machine(holder) and not holder.lives()
 
 
 def stop_requested(place: Place, since_generation: int) -> str | None:

@@ -195,7 +195,7 @@ class Folder(Location):
         (self.path / key).unlink(missing_ok=True)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        for folder, _, files in os.walk(self.path / prefix):
+        for folder, _, files in os.walk(self.path / prefix, onerror=_unlisted):
             for file in files:
                 if not file.endswith(PARTIAL):
                     yield Path(folder, file).relative_to(self.path).as_posix()
@@ -208,6 +208,12 @@ class Folder(Location):
         for file in leftovers:
             file.unlink(missing_ok=True)
         return len(leftovers)
+
+
+def _unlisted(error: OSError) -> None:
+    """Let nobody take a folder that does not answer for an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 class _TakenError(Exception):

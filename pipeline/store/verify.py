@@ -55,6 +55,7 @@ class Findings:
     effects : parts of the effects that are damaged.
     unchecked : groups whose units could not be checked, because the description of their arrays is damaged.
     skipped_lines : lines of the journal that make no sense; the last one may have been torn by a kill.
+    leftovers : temporary files of killed writers; they were part of nothing, and are deleted.
     """
 
     units: int = 0
@@ -66,6 +67,7 @@ class Findings:
     effects: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     skipped_lines: int = 0
+    leftovers: int = 0
 
     @property
     def good(self) -> bool:
@@ -140,8 +142,10 @@ def verify(place: Place, *, say: Callable[[str], None] | None = None) -> Finding
     try:
         return _Verification(store, journal, lease).run()
     finally:
-        journal.close()
-        lease.release()
+        try:
+            journal.close()
+        finally:
+            lease.release()
 
 
 class _Verification:
@@ -153,6 +157,7 @@ class _Verification:
         self.damaged: set[str] = set()
 
     def run(self) -> Findings:
+        self.found.leftovers = self.store.sweep_partial_files()
         self._check_descriptions()
         self._check_template()
         groups = [g for g in self.contents.groups if not self.contents.needs(g) & self.damaged]

@@ -82,14 +82,20 @@ def strays(store: Path, reference: Path, plan: Plan) -> list[str]:
     mine, theirs = (zarr.open_group(str(path), mode="r", use_consolidated=False) for path in (store, reference))
     of_units = {path for unit in plan.layout for path, _ in regions(plan, unit)}
     found = []
-    for path, array in theirs.members(max_depth=None):
-        if isinstance(array, zarr.Array) and path not in of_units and path.rpartition("/")[2] not in _CHANGING:
+    for path in _arrays(reference):
+        if path not in of_units and path.rpartition("/")[2] not in _CHANGING:
             values = _read(mine, path)
-            if values is None or not _same(values, np.asarray(array[...])):
+            if values is None or not _same(values, np.asarray(theirs[path][...])):
                 found.append(path)
     for grid in plan.screened:
         found += _stray_selection(mine, theirs, grid.experiment.name)
     return found
+
+
+def _arrays(store: Path) -> list[str]:
+    """Return the paths of all arrays of a sound store."""
+    files = [path for path in store.rglob("zarr.json") if json.loads(path.read_bytes())["node_type"] == "array"]
+    return sorted(str(path.parent.relative_to(store)) for path in files)
 
 
 def judge(store: Path, reference: Path, plan: Plan) -> dict[str, list[Any]]:

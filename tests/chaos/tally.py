@@ -41,8 +41,8 @@ class Tally:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was lost, wrong, missed or broken."""
-        return not (self.lost or self.wrong or self.missed or self.broken)
+        """Whether nothing was lost, wrong, missed, undone for nothing, or broken."""
+        return not (self.lost or self.wrong or self.missed or self.false_alarms or self.broken)
 
     def add(self, other: Tally) -> None:
         """Add the counts of another tally."""
@@ -68,5 +68,6 @@ class Tally:
         """Return a trial's counts on one line."""
         counters = (self.kills, self.faults, self.damage)
         did = [f"{what} {count}" for counter in counters for what, count in counter.items()]
-        result = "ok" if self.clean else f"LOST {self.lost} WRONG {self.wrong} MISSED {self.missed} {self.broken}"
+        amiss = {"LOST": self.lost, "WRONG": self.wrong, "MISSED": self.missed, "UNDONE": self.false_alarms}
+        result = "ok" if self.clean else f"{' '.join(f'{k} {v}' for k, v in amiss.items() if v)} {self.broken}"
         return f"{'; '.join(did) or 'nothing'}: {self.found} found, {self.recomputed} recomputed, {result}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -120,7 +122,7 @@ class TestHelp:
         main(["submit", "--help"])
         assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", capsys.readouterr().out.split("Parameters")[1])) == {
             "--config", "--address", "--store", "--set", "--replicas", "--working-dir", "--env", "--wait", "--follow",
-            "--allow-metric", "--allow-pickled-weights"
+            "--metrics-port", "--metrics-host", "--allow-metric", "--allow-pickled-weights"
         }  # fmt: skip
 
     @pytest.mark.parametrize(
@@ -597,14 +599,30 @@ class TestProcess:
         assert done.stderr.splitlines()[-1] == "Done: 2 units in run.zarr (2 computed now)."
 
 
-def test_a_full_disk_is_one_sentence(here, capsys, monkeypatch):
-    import errno
-
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=["disk", "quota"])
+def test_a_full_disk_is_one_sentence(here, capsys, monkeypatch, code):
     import pipeline.sweep
 
     def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, "No space left on device")
 
     monkeypatch.setattr(pipeline.sweep, "run_sweep", full)
     assert main(["run", "c.yaml", "--replicas", "0"]) == BAD_INPUT
     assert capsys.readouterr().err.count("the disk is full") == 1
+
+
+@pytest.mark.parametrize("out", ["c.yaml", "c.yaml/deep", "/proc/nowhere", "x" * 300, "loop/x"])
+def test_a_path_that_cannot_be_is_one_sentence(here, capsys, monkeypatch, out):
+    """Whatever a command does with it, on whatever kind of file system."""
+    import pipeline.sweep
+
+    os.symlink("loop", here / "loop")
+
+    def write(*args, **kwargs):
+        Path(out).mkdir(parents=True)
+
+    monkeypatch.setattr(pipeline.sweep, "run_sweep", write)
+    assert main(["run", "c.yaml", "--replicas", "0"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stepscope: ")
+    assert line.endswith(". Choose a path that can be written.")

@@ -21,10 +21,10 @@ import pipeline.ledger
 import pipeline.replica
 import pipeline.stopping
 import pipeline.store
-from cluster.events import UnitDone
+from cluster.events import ReplicaLost, UnitDone
 from pipeline.cli import main
 from pipeline.config import load_config
-from pipeline.executors import ray_executor
+from pipeline.executors import inline_executor, ray_executor
 from pipeline.plan import make_plan
 from pipeline.store import (
     DONE,
@@ -265,6 +265,30 @@ def test_storage_that_takes_no_more_stops_the_sweep_and_parks_no_unit(
     assert not any((values == FAILED).any() for values in status.values())
     assert sum((values == DONE).sum() for values in status.values()) >= 3
     assert main(["run", str(config), "--store", str(store)]) == 0
+    assert_same_arrays(store, undisturbed)
+
+
+class _LosesAReplica:
+    """An executor one of whose replicas was killed in the middle of a write, while another did its unit."""
+
+    def __init__(self, inner, leftover: Path) -> None:
+        self._inner, self._leftover = inner, leftover
+        self.close = inner.close
+
+    def run(self, units, on_event, stop):
+        self._leftover.write_bytes(b"torn")
+        on_event(ReplicaLost(replica=1, error="killed"))
+        return self._inner.run(units, on_event, stop)
+
+
+def test_a_replica_killed_in_a_write_leaves_nothing_behind(config, undisturbed, tmp_path):
+    store = tmp_path / "run.zarr"
+    leftover = store / "baseline" / "goal_evidence" / "c.1.partial"
+    result = run_sweep(
+        plan_of(config), store, make_executor=lambda *given: _LosesAReplica(inline_executor(*given), leftover)
+    )
+    assert result.pending == result.failed == 0
+    assert not leftover.exists()
     assert_same_arrays(store, undisturbed)
 
 

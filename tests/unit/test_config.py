@@ -364,6 +364,34 @@ ONE_FAULT = [
         "run.max_attempts: Input should be greater",
         id="no-attempts",
     ),
+    pytest.param(
+        "name: tiny",
+        "name: tiny\nrun: {gpus_per_replica: 1.5}",
+        [2],
+        "run.gpus_per_replica: use a share of one GPU or whole ones, got 1.5",
+        id="one-gpu-and-a-half",
+    ),
+    pytest.param(
+        "name: tiny",
+        "name: tiny\nrun: {gpus_per_replica: .inf}",
+        [2],
+        "run.gpus_per_replica: use a share of one GPU or whole ones, got inf",
+        id="endless-gpus",
+    ),
+    pytest.param(
+        "name: tiny",
+        "name: tiny\nrun: {drain_s: .inf}",
+        [2],
+        "run.drain_s: Input should be less than or equal to 1000000, got inf",
+        id="drain-for-ever",
+    ),
+    pytest.param(
+        "name: tiny",
+        "name: tiny\nrun: {notices: [aws, azur]}",
+        [2],
+        "run.notices.1: no source of notices is called 'azur'. Use aws, gcp, azure or file:PATH.",
+        id="notice-typo",
+    ),
 ]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +17,10 @@ from cluster.jobs import JobError
 from pipeline.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, app, main
 from pipeline.commands.jobs import AFTER_DRAIN_S, EXCLUDES, work_id
 from pipeline.config import load_config
+from pipeline.store import Lease
+from pipeline.store.lease import Holder
 from tests.jobs_fixture import ADDRESS, Details, FakeClient, jobs_of
+from tests.store_fixture import write_store
 
 CONFIG = """\
 name: tiny
@@ -98,6 +104,13 @@ class TestSubmit:
         submit()
         assert client.submitted[0]["env"]["excludes"] == list(EXCLUDES)
         assert {"*.zarr", "runs/", "*.safetensors", "*.bin", "*.ckpt", ".venv", ".git"} <= set(EXCLUDES)
+
+    def test_the_job_serves_metrics_if_it_is_told_to(self, here, client):
+        assert submit("--metrics-port", "9108", "--metrics-host", "0.0.0.0") == OK
+        words = shlex.split(client.submitted[0]["entrypoint"])
+        assert words[-4:] == ["--metrics-port", "9108", "--metrics-host", "0.0.0.0"]
+        _, bound, _ = app.parse_args(words[1:], exit_on_error=False, print_error=False)
+        assert bound.arguments["metrics_port"] == 9108
 
     def test_the_job_runs_the_sweep_with_the_same_settings(self, here, client):
         """The entry point goes through a shell and must come out as the arguments that went in."""
@@ -324,12 +337,36 @@ class TestCancel:
     @pytest.mark.parametrize("store", ["s3://b/x.zarr", "gs://b/x", "x.zarr", "runs/x", "/shared/x", "folder"])
     def test_a_store_carries_the_request_itself(self, here, client, capsys, monkeypatch, store):
         asked = []
-        monkeypatch.setattr(pipeline.store, "request_stop", lambda *given: asked.append(given), raising=False)
+        opened = SimpleNamespace(location=store)
+        monkeypatch.setattr(pipeline.store, "open_store", lambda given: opened if given == store else None)
+        monkeypatch.setattr(pipeline.store, "request_stop", lambda *given: asked.append(given) or "process 1 on here")
         (here / "folder").mkdir()
         assert main(["cancel", store]) == OK
         assert asked == [(store, "stepscope cancel")]
         assert f"Asked the driver of {store} to stop" in capsys.readouterr().err
         assert client.addresses == []
+
+    @pytest.mark.parametrize("store", ["x.zarr", "folder/", "runs/x.zarr"])
+    def test_what_is_no_store_is_refused_and_left_alone(self, here, client, capsys, store):
+        (here / "folder").mkdir()
+        before = sorted(here.rglob("*"))
+        assert main(["cancel", store]) == BAD_INPUT
+        assert "Create one with: stepscope run" in capsys.readouterr().err
+        assert sorted(here.rglob("*")) == before
+
+    @pytest.mark.parametrize("driver", ["none", "released", "dead"])
+    def test_a_store_that_nobody_drives(self, here, client, capsys, driver):
+        store = here / "x.zarr"
+        write_store(store)
+        shutil.rmtree(store / "lease", ignore_errors=True)
+        if driver != "none":
+            lease = Lease(store, beats=False, holder=replace(Holder.here(), started="another process's"))
+            lease.acquire()
+            if driver == "released":
+                lease.release()
+        assert main(["cancel", "x.zarr"]) == BAD_INPUT
+        assert capsys.readouterr().err == "stepscope: nobody drives store x.zarr. There is nothing to cancel.\n"
+        assert not (store / "stop.json").exists()
 
 
 class TestStatus:

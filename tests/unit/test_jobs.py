@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from cluster.jobs import STOP_WAIT, Job, JobError, Submission, connect
@@ -14,6 +15,11 @@ from tests.jobs_fixture import ADDRESS, Details, FakeClient, jobs_of
 
 STATES = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED")
 ENDED = STATES[2:]
+BREAKS = [
+    pytest.param([RuntimeError("WebSocket connection closed unexpectedly with close code 1006")], id="cut"),
+    pytest.param([ConnectionResetError("reset by peer")], id="reset"),
+    pytest.param([aiohttp.ServerDisconnectedError()], id="disconnected"),
+]
 
 
 def submission(**changes):
@@ -186,19 +192,26 @@ class TestLogs:
         client.streams, client.states = [["one\n", "two\n"]], ["SUCCEEDED"]
         assert list(jobs_of(client).follow("work")) == ["one\n", "two\n"]
 
-    @pytest.mark.parametrize(
-        "breaks",
-        [
-            pytest.param([], id="closed"),
-            pytest.param([RuntimeError("WebSocket connection closed unexpectedly with close code 1006")], id="cut"),
-        ],
-    )
+    @pytest.mark.parametrize("breaks", [pytest.param([], id="closed"), *BREAKS])
     @pytest.mark.parametrize("pieces", [["one\n"], ["on", "e\n", "t"], []], ids=["line", "mid-word", "nothing"])
     def test_a_connection_that_breaks_loses_and_repeats_nothing(self, pieces, breaks):
         client = with_jobs(("work", "RUNNING"))
         client.streams = [[*pieces, *breaks], ["one\ntwo\n", "three\n"]]
         client.states = ["RUNNING", "SUCCEEDED"]
         assert "".join(jobs_of(client).follow("work")) == "one\ntwo\nthree\n"
+
+    @pytest.mark.parametrize("breaks", BREAKS)
+    def test_a_connection_that_breaks_as_the_job_ends_loses_nothing(self, breaks):
+        """The last lines say why it failed."""
+        client = with_jobs(("work", "RUNNING"))
+        client.streams, client.states = [["log of", *breaks]], ["FAILED"]
+        assert "".join(jobs_of(client).follow("work")) == "log of work\n"
+
+    def test_a_head_that_is_gone_for_good_is_an_error(self):
+        client = with_jobs(("work", "RUNNING"))
+        client.streams, client.raises = [["one\n", OSError("refused")]], [OSError("refused")] * 5
+        with pytest.raises(JobError, match=f"the Ray dashboard at {ADDRESS} stopped answering: refused"):
+            list(jobs_of(client).follow("work"))
 
     def test_a_reader_that_leaves_closes_the_connection(self):
         client = with_jobs(("work", "RUNNING"))

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from cluster import PoolError, PoolOptions, PoolWaiting, ReplicaReleased, ReplicaStarted, UnitDone, UnitStarted
+from pipeline.config import RunConfig
 from tests.fake_pool import BUILD_S, PLACE_S, Node, bench, counted, every_run, work
 
 
@@ -90,7 +91,7 @@ class TestPlaces:
         assert pool.backend.alive == {}
 
     def test_the_default_patience_ends_within_half_a_minute(self) -> None:
-        assert PoolOptions().capacity_wait_s + 1 < 30
+        assert max(PoolOptions().capacity_wait_s, RunConfig().capacity_wait_s) + 1 < 30
         pool = bench([], replicas=1).run(work(20))
         assert isinstance(pool.error, PoolError)
         assert pool.backend.now < 30

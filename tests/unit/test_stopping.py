@@ -10,7 +10,8 @@ import pytest
 
 from pipeline import stopping
 from pipeline.stopping import ASK_SECONDS, Stopping
-from pipeline.store import Lease, request_stop
+from pipeline.store import Lease, StoreError, request_stop
+from pipeline.store.location import Folder
 
 
 class Clock:
@@ -68,11 +69,25 @@ class TestRequests:
         assert len(asked) == 10
 
     def test_a_reason_stays(self, tmp_path, clock):
-        stop = Stopping(tmp_path, 0, clock=clock)
+        Lease(tmp_path, beats=False).acquire()
+        stop = Stopping(tmp_path, 1, clock=clock)
         request_stop(tmp_path, "enough")
         assert stop() == "enough"
         (tmp_path / "stop.json").unlink()
         clock.now += 10 * ASK_SECONDS
+        assert stop() == "enough"
+
+    @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), StoreError("s3://b/x cannot be reached")])
+    def test_a_store_that_does_not_answer_is_asked_again_later(self, error, tmp_path, clock, monkeypatch):
+        """A week of work must not end because one small file could not be read for a moment."""
+        lease = Lease(tmp_path, beats=False)
+        lease.acquire()
+        request_stop(tmp_path, "enough")
+        stop = Stopping(tmp_path, lease.generation, clock=clock)
+        with monkeypatch.context() as away:
+            away.setattr(Folder, "read", lambda *args: (_ for _ in ()).throw(error))
+            assert stop() is None
+        clock.now += ASK_SECONDS
         assert stop() == "enough"
 
 
@@ -110,6 +125,28 @@ class TestSignals:
 
         with pytest.raises(KeyboardInterrupt):
             sweep()
+
+    def test_the_signal_that_a_notice_announces_lets_units_finish(self, tmp_path, handlers):
+        """Clouds say that a machine will go, and send SIGTERM some time later."""
+        notice = tmp_path / "going"
+        notice.touch()
+        stop = Stopping(tmp_path, 1, [f"file:{notice}"])
+        with stop.on_signals(45, lambda text: None):
+            assert stop() == f"{notice} is there"
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 0, "a limit holds from now on"
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert stop() == f"{notice} is there"
+
+    def test_ctrl_c_after_another_reason_interrupts(self, tmp_path, handlers):
+        notice = tmp_path / "going"
+        notice.touch()
+        stop = Stopping(tmp_path, 1, [f"file:{notice}"])
+        with stop.on_signals(45, lambda text: None):
+            stop()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
 
     def test_a_unit_that_outlives_the_limit_is_interrupted(self, tmp_path, handlers, monkeypatch):
         monkeypatch.setattr(stopping, "_GRACE_S", 0.01)

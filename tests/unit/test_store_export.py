@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from pipeline.store import (
     open_store,
     request_stop,
 )
+from pipeline.store.location import Folder
 from tests.planted_units import finish, small_plan
 from tests.sweep_fixture import arrays
 
@@ -46,8 +48,8 @@ def finished(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     finish(folder, plan)
     lease = Lease(folder)
     lease.acquire()
-    lease.release()
     request_stop(folder, "cancelled")
+    lease.release()
     (folder / "map" / "x.123.partial").write_bytes(b"half")
     return folder
 
@@ -231,3 +233,23 @@ def test_receipts_in_the_journal_have_the_digest_of_what_is_stored(finished):
     values = {f"one/{m}": np.asarray(store.array(f"one/{m}")[1]) for m in ("goal_evidence", "solved")}
     assert entry["digest"] == digest_of(values)
     assert json.dumps(entry)
+
+
+@pytest.mark.parametrize("fault", ["unlisted", "unread"])
+def test_what_cannot_be_read_is_never_left_out(fault, finished, tmp_path, monkeypatch):
+    """A copy that lacks some chunks would look whole: missing ones read as NaN."""
+    fault_at = str(finished / "map")
+    scandir, read = os.scandir, Folder.read
+
+    def refuse(path):
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    if fault == "unlisted":
+        monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if str(path) == fault_at else scandir(path))
+    else:
+        monkeypatch.setattr(
+            Folder, "read", lambda self, key: refuse(key) if "/c/" in key and key[:3] == "map" else read(self, key)
+        )
+    with pytest.raises(StoreError, match=r"cannot be read: Input/output error\. Check the store with"):
+        export_store(finished, tmp_path / "out.zip")
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.store import DONE, FAILED, PENDING, Journal, StorageFullError, locate, status_of
+from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, StorageFullError, locate, status_of
 from pipeline.store import journal as journal_module
 
 
@@ -182,6 +182,31 @@ class TestBucket:
             journal.append(unit=number)
             journal.close()
         assert units(Journal(place)) == [0, 1, 2]
+
+    def test_foreign_file_among_the_segments_does_not_matter(self, place):
+        locate(place).write("journal/000001-backup.jsonl", b"")
+        journal = Journal(place, 1)
+        journal.append(unit=1)
+        journal.close()
+        assert "journal/000001-000001.jsonl" in locate(place).list("journal")
+
+    def test_store_that_was_copied_without_its_lease_goes_on_behind_its_journal(self, place):
+        """As an export does: what a later driver undoes must not be overruled by the lines of an earlier one."""
+        for state in ({"failed": 0}, {"error": "boom"}, {"failed": 0}):
+            lease = Lease(place, beats=False)
+            lease.acquire()
+            journal = Journal(place, lease.generation)
+            journal.append(group="map", index=0, **state)
+            journal.close()
+            lease.release()
+        for key in locate(place).list("lease"):
+            locate(place).delete(key)
+        lease = Lease(place, beats=False)
+        lease.acquire()
+        journal = Journal(place, lease.generation)
+        journal.append(group="map", index=0, unset="not what was written")
+        journal.close()
+        assert [status_of(entry) for entry in Journal(place).entries()] == [DONE, FAILED, DONE, PENDING]
 
     def test_lines_survive_a_flush_that_fails(self, place, monkeypatch):
         journal = Journal(place)

@@ -266,6 +266,34 @@ class TestKeeping:
                 lease.check()
         lease.check()
 
+    @pytest.mark.parametrize("anew", [False, True], ids=["removed", "removed-and-begun-anew"])
+    def test_driver_of_a_store_that_was_removed_stops_and_writes_nothing(self, place, anew):
+        """Also where another driver has begun the store anew, with the same number as the first."""
+        first, second = lease_of(place, AWAY), lease_of(place, HERE)
+        first.acquire()
+        for key in place.list():
+            place.delete(key)
+        if anew:
+            second.acquire()
+            assert second.generation == first.generation
+        before = {key: place.read(key) for key in place.list()}
+        for act in (first.check, first.beat):
+            with pytest.raises(LeaseLostError, match=r"was removed while this process drove it\. Nothing"):
+                act()
+        first.release()
+        assert {key: place.read(key) for key in place.list()} == before
+        if anew:
+            second.check()
+
+    @pytest.mark.parametrize("content", [b"", b"{}", b'{"token": '], ids=repr)
+    def test_driver_whose_file_is_damaged_goes_on(self, place, content):
+        lease = lease_of(place, HERE)
+        lease.acquire()
+        place.write(key_of(1), content)
+        lease.check()
+        lease.beat()
+        assert newest_claim(place).holder == HERE
+
     def test_check_without_the_lease_is_an_error(self, place):
         lease = lease_of(place, HERE)
         with pytest.raises(LeaseLostError, match="is not held by this process"):
@@ -394,6 +422,19 @@ class TestStopRequest:
         second.acquire()
         assert not place.exists("stop.json")
         assert stop_requested(place, second.generation) is None
+
+    def test_request_at_the_moment_of_the_start_is_heard(self, place, monkeypatch):
+        """It comes after the lease was taken, and before the new driver tidies up."""
+        lease = lease_of(place, HERE)
+        tidy = Lease._tidy
+
+        def requested(self: Lease) -> None:
+            assert request_stop(place, "cancelled") is not None
+            tidy(self)
+
+        monkeypatch.setattr(Lease, "_tidy", requested)
+        lease.acquire()
+        assert stop_requested(place, lease.generation) == "cancelled"
 
     def test_request_that_crosses_a_new_driver_is_meant_for_the_old_one(self, place):
         first, second = lease_of(place, HERE), lease_of(place, HERE)

@@ -164,6 +164,27 @@ class TestFolder:
         assert locate(tmp_path).sweep_partial() == 1
         assert not (tmp_path / "a" / "c.123.partial").exists()
 
+    @pytest.mark.parametrize("folder", ["", "lease", "map/c"], ids=["root", "asked", "below"])
+    def test_folder_that_does_not_answer_is_not_an_empty_one(self, tmp_path, monkeypatch, folder):
+        """Else a lease would seem free, and a copy whole."""
+        location = locate(tmp_path)
+        for key in ("lease/000001.json", "map/c/0"):
+            location.write(key, b"x")
+        scandir = os.scandir
+
+        def fail(path):
+            if os.path.abspath(path) == str(tmp_path / folder):
+                raise OSError(errno.EIO, "Input/output error", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            location.list(folder if folder == "lease" else "")
+
+    def test_folder_that_is_not_there_is_an_empty_one(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        assert locate(tmp_path).list("lease") == locate(tmp_path).list("file") == []
+
     def test_failed_write_leaves_the_old_content_and_no_rest(self, tmp_path, monkeypatch):
         location = locate(tmp_path)
         location.write("a", b"old")

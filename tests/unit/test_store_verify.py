@@ -95,6 +95,14 @@ def test_undisturbed_store_is_good(place, plan):
     assert {key: locate(place).read(key) for key in locate(place).list() if not key.startswith("lease")} == before
 
 
+def test_leftovers_of_killed_writers_are_no_damage_and_are_deleted(folder):
+    leftover = folder / "map" / "goal_evidence" / "c.0.abc.partial"
+    leftover.write_bytes(b"torn")
+    found = verify(folder)
+    assert (found.good, found.leftovers) == (True, 1)
+    assert not leftover.exists()
+
+
 @pytest.mark.parametrize(
     ("damage", "key", "unit"),
     [

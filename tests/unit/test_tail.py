@@ -12,6 +12,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
 from pipeline import tail
+from pipeline.store import Journal
 from pipeline.tail import JournalReader, LocalFiles, Offset, ZarrFiles
 from tests.journal_fixture import append
 
@@ -92,6 +93,18 @@ class TestGrowingFile:
         (tmp_path / "journal.jsonl").write_bytes(b'{"n": 1}\n' + line + b'\n{"n": 2}\n')
         entries, _ = drain(JournalReader(LocalFiles(tmp_path)))
         assert [e["n"] for e in entries] == [1, 2]
+
+    @pytest.mark.parametrize("bit", range(8))
+    def test_line_that_was_changed_is_passed_over(self, tmp_path, bit):
+        """As the driver does, so that no status is shown that a resume would not go by."""
+        journal, file = Journal(tmp_path), tmp_path / "journal.jsonl"
+        for index in (1, 2, 3):
+            journal.append(group="map", index=index, failed=0)
+        content = bytearray(file.read_bytes())
+        content[content.index(b'"index": 2') + len(b'"index": ')] ^= 1 << bit
+        file.write_bytes(content)
+        shown = [entry["index"] for entry in drain(JournalReader(LocalFiles(tmp_path)))[0]]
+        assert shown == [entry["index"] for entry in Journal(tmp_path).entries()] == [1, 3]
 
     def test_reading_takes_bounded_blocks(self, tmp_path, monkeypatch):
         monkeypatch.setattr(tail, "BLOCK", 100)
