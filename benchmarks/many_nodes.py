@@ -1,115 +1,272 @@
 """Many nodes under one pool: ``python -m benchmarks.many_nodes``.
 
 A real Ray cluster of simulated nodes, each a raylet of its own with one fake GPU, all on this machine. One replica a
-node
-is scheduled; in the middle two nodes are killed; every unit must end as done, and idle replicas must be released until
-all GPUs but the standby's are free again. Printed as JSON, with the seconds of each part.
+node is scheduled; in the middle two nodes are killed; every unit must end as done, and idle replicas must be released
+until all GPUs but the standby's are free again. Printed as JSON, with the seconds of each part, what the processes
+take, and how busy the cluster's head is with a quarter of the nodes, with all of them, and while units run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
+import signal
+import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from cluster import Event, PoolOptions, ReplicaLost, ReplicaReleased, ReplicaStarted, UnitDone, WorkUnit
+from benchmarks import processes
+from benchmarks.figures import Bench, Target
+from cluster import Event, PoolOptions, ReplicaStarted, UnitDone, WorkUnit
 
+NODES = 64
+TARGETS = (
+    Target(what="simulated nodes that got a replica", figure="nodes_used", bound="at least", limit=NODES),
+    Target(what="units lost", figure="units_lost", bound="at most", limit=0),
+    Target(what="GPUs still taken once all but one unit are done", figure="gpus_taken", bound="at most", limit=2),
+    Target(what="processes left over", figure="processes_left", bound="at most", limit=0),
+)
 HEALTH = {
-    "health_check_initial_delay_ms": 5000,
-    "health_check_period_ms": 3000,
+    "health_check_initial_delay_ms": 30_000,
+    "health_check_period_ms": 10_000,
+    "health_check_timeout_ms": 60_000,
     "health_check_failure_threshold": 5,
+    # Were this process killed, the kernel would take the head along, and the nodes would miss it after so long.
+    "gcs_rpc_server_reconnect_timeout_s": 30,
+}
+"""Patient, as so many processes share few cores; nodes that are killed are noticed by their broken connections."""
+ENVIRONMENT = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "60",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+    # Ray gives its workers way to everything else, and on a busy machine they would hardly ever start.
+    "RAY_worker_niceness": "0",
 }
 STORE_BYTES = 80 * 10**6
+STARTED_TOGETHER = 3
+START_ATTEMPTS = 4
+PATIENCE_S = 600.0
+WATCHED_S = 10.0
 
 
 class Nap:
     """A worker that sleeps as long as it is told, as a denoiser on a GPU leaves the processor alone."""
 
-    def run(self, payload: float) -> str:
-        """Sleep and return the node."""
+    def __init__(self) -> None:
         import ray
 
+        self._node = str(ray.get_runtime_context().get_node_id())
+
+    def run(self, payload: float) -> str:
+        """Sleep and return the node."""
         time.sleep(payload)
-        return str(ray.get_runtime_context().get_node_id())
+        return self._node
 
 
-def main() -> None:
+class Nodes:
+    """A head without resources and nodes of one fake GPU, on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._folder = folder
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={**head, "temp_dir": str(folder), "_system_config": HEALTH}
+        )
+        # The nodes are ended by ``close``: Ray's own hooks for that can be set by the main thread only.
+        self.cluster._shutdown_at_exit = False
+        self.nodes: list[Any] = []
+
+    def grow(self, to: int) -> None:
+        """Start nodes, a few at a time, and wait until all of them have registered.
+
+        Raises
+        ------
+        TimeoutError : some do not.
+        """
+        starters = ThreadPoolExecutor(STARTED_TOGETHER)
+        try:
+            for node in starters.map(self._start, range(len(self.nodes), to)):
+                self.nodes.append(node)
+        finally:
+            starters.shutdown(cancel_futures=True)
+        self.cluster.wait_for_nodes(timeout=PATIENCE_S)
+
+    def _start(self, number: int) -> Any:
+        for attempt in range(START_ATTEMPTS - 1):
+            try:
+                return self._started(f"{number}.{attempt}")
+            except Exception as error:
+                # A raylet gives up when its agents, two more processes, are not up within half a minute.
+                print(f"node {number} did not start and is tried again: {error}", file=sys.stderr, flush=True)
+        return self._started(f"{number}.last")
+
+    def _started(self, name: str) -> Any:
+        # Named here, as nodes that start together would choose the same names.
+        sockets = {kind: str(self._folder / f"{kind}{name}") for kind in ("raylet", "plasma")}
+        return self.cluster.add_node(
+            wait=False,
+            num_cpus=1,
+            num_gpus=1,
+            object_store_memory=STORE_BYTES,
+            raylet_socket_name=sockets["raylet"],
+            plasma_store_socket_name=sockets["plasma"],
+        )
+
+    def kill(self, count: int) -> None:
+        """Kill the first nodes with everything on them."""
+        for node in self.nodes[:count]:
+            self.cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        """Kill every node, the head last."""
+        self.cluster.shutdown()
+
+
+@contextmanager
+def cluster_here() -> Iterator[Nodes]:
+    """Give a cluster that is gone afterwards, whatever happens; SIGTERM ends it in good order as well."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    # Short, as the names of sockets are limited to about a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="nodes", ignore_cleanup_errors=True) as folder:
+        nodes = Nodes(Path(folder))
+        # After Ray has set its own, which would end the head alone.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        try:
+            yield nodes
+        finally:
+            with suppress(ImportError):
+                import ray
+
+                ray.shutdown()
+            nodes.close()
+
+
+@dataclass
+class Story:
+    """What a run of the pool told, and how busy the head was in the middle of it.
+
+    Attributes
+    ----------
+    half : called once half of the units are done.
+    """
+
+    nodes: int
+    units: int
+    half: Any
+    counts: Counter[str] = field(default_factory=Counter)
+    used: Counter[str] = field(default_factory=Counter)
+    seconds_to_start: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)
+    _began: float = field(default_factory=time.perf_counter)
+    _watch: Any = None
+    _from: tuple[float, int] = (0.0, 0)
+
+    def hear(self, event: Event) -> None:
+        """Take note of an event."""
+        self.counts[type(event).__name__] += 1
+        if isinstance(event, ReplicaStarted) and self.counts["ReplicaStarted"] == self.nodes:
+            self.seconds_to_start = time.perf_counter() - self._began
+        if not isinstance(event, UnitDone):
+            return
+        self.used[event.receipt] += 1
+        done = self.counts["UnitDone"]
+        if self._watch is None and self.seconds_to_start:
+            self._watch, self._from = processes.Stopwatch([*processes.started(), processes.this()]), (_now(), done)
+        if done == self.units // 2:
+            if self._watch is not None:
+                seconds = _now() - self._from[0]
+                self.busy = {**self._watch.cores(), "units_a_second": round((done - self._from[1]) / seconds, 1)}
+            self.half()
+
+
+def main() -> int:
     """Build the cluster, run, and print what happened."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, default=64)
-    parser.add_argument("--units-a-node", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of a unit")
-    parser.add_argument("--lost", type=int, default=2, help="nodes killed in the middle")
-    args = parser.parse_args()
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    # So many raylets share few cores: start slowly rather than not at all.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+    bench = Bench(__doc__)
+    bench.parser.add_argument("--nodes", type=int, default=NODES)
+    bench.parser.add_argument("--units-a-node", type=int, default=15)
+    bench.parser.add_argument("--seconds", type=float, default=2.0, help="length of a unit")
+    bench.parser.add_argument("--lost", type=int, default=2, help="nodes killed in the middle")
+    args = bench.parser.parse_args()
+    seen = []
+    with cluster_here() as nodes:
+        figures = measure(nodes, args.nodes, args.nodes * args.units_a_node, args.seconds, args.lost)
+        seen = processes.started()
+    figures["processes_left"] = len(processes.take_away(seen))
+    return bench.conclude(args, figures, TARGETS)
+
+
+def measure(nodes: Nodes, count: int, units: int, unit_s: float, lost: int) -> dict[str, Any]:
+    """Grow a cluster in two steps, run units on it, and return what happened."""
     import ray
-    from ray.cluster_utils import Cluster
 
     from cluster.ray_pool import RayPool
 
-    began = time.perf_counter()
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES, "_system_config": HEALTH}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [
-        cluster.add_node(wait=False, num_cpus=1, num_gpus=1, object_store_memory=STORE_BYTES) for _ in range(args.nodes)
-    ]
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    deadline = time.monotonic() + 300
-    while sum(node["Alive"] for node in ray.nodes()) <= args.nodes:
-        assert time.monotonic() < deadline, "the nodes did not come up"
-        time.sleep(0.5)
-    built = time.perf_counter()
-
-    units, counts, used = args.nodes * args.units_a_node, Counter[str](), Counter[str]()
-    times: dict[str, float] = {}
-
-    def on_event(event: Event) -> None:
-        counts[type(event).__name__] += 1
-        if isinstance(event, ReplicaStarted) and counts["ReplicaStarted"] == args.nodes:
-            times["all_up"] = time.perf_counter() - built
-        if isinstance(event, UnitDone):
-            used[event.receipt] += 1
-            if counts["UnitDone"] == units // 2:
-                for node in nodes[: args.lost]:
-                    cluster.remove_node(node, allow_graceful=False)
-        if isinstance(event, ReplicaLost | ReplicaReleased):
-            times["last_change"] = time.perf_counter() - built
-
+    began, stages = _now(), []
+    for size in (count // 4, count):
+        nodes.grow(size)
+        stages.append({"nodes": size, "seconds_to_start": round(_now() - began, 1), **_idle_head()})
+        print(f"{size} nodes are up after {_now() - began:.0f} s", file=sys.stderr, flush=True)
+    ray.init(address=nodes.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     options = PoolOptions(
-        replicas=args.nodes, gpus_per_replica=1, start_timeout_s=300, capacity_wait_s=60, idle_release_s=1
+        replicas=count, gpus_per_replica=1, start_timeout_s=PATIENCE_S, capacity_wait_s=60, idle_release_s=1
     )
     pool = RayPool(Nap, options)
-    finished = pool.run((WorkUnit(i, i % args.nodes, args.seconds) for i in range(units)), on_event)
-    seconds = time.perf_counter() - built
+    began = _now()
+    story = Story(count, units, lambda: nodes.kill(lost))
+    memory: dict[str, Any] = {}
+
+    def hear(event: Event) -> None:
+        story.hear(event)
+        if not memory and isinstance(event, UnitDone) and story.seconds_to_start:
+            memory.update(processes.memory(processes.started()))
+
+    finished = pool.run((WorkUnit(i, i % count, unit_s) for i in range(units)), hear)
+    seconds = _now() - began
+    assert finished, "the run was not stopped by anybody"
+    done, failed = story.counts["UnitDone"], story.counts["UnitFailed"]
     # One last long unit: everybody else is idle meanwhile and must go.
-    pool.run([WorkUnit(units, 0, 20.0)], on_event)
+    pool.run([WorkUnit(units, 0, 20.0)], story.hear)
     free = ray.available_resources().get("GPU", 0)
     pool.close()
-    result: dict[str, Any] = {
-        "nodes": args.nodes,
-        "nodes_lost": args.lost,
+    return {
+        "nodes": count,
+        "nodes_killed": lost,
+        "nodes_used": len(story.used),
         "units": units,
-        "units_done": counts["UnitDone"] - 1,
-        "units_failed": counts["UnitFailed"],
-        "units_retried": counts["UnitRetried"],
-        "nodes_used": len(used),
-        "seconds_to_start_the_nodes": round(built - began, 1),
-        "seconds_to_start_the_replicas": round(times.get("all_up", 0.0), 1),
+        "units_done": done,
+        "units_failed": failed,
+        "units_lost": units - done,
+        "units_retried": story.counts["UnitRetried"],
+        "gpus_taken": count - lost - round(free),
+        "seconds_to_start_the_replicas": round(story.seconds_to_start, 1),
         "seconds_to_run": round(seconds, 1),
-        "gpus_free_while_one_unit_runs": free,
+        "stages": stages,
+        "cores_while_running": story.busy,
+        "memory": memory,
     }
-    ray.shutdown()
-    cluster.shutdown()
-    print(json.dumps(result, indent=2))
-    assert finished, "the run was not stopped by anybody"
-    assert (result["units_done"], result["units_failed"]) == (units, 0), result
+
+
+def _idle_head() -> dict[str, float]:
+    """Return cores and memory of the process that knows the whole cluster, while nothing is asked of it."""
+    head = [p for p in processes.started() if processes.kind_of(" ".join(p.cmdline())) == "gcs"]
+    watch = processes.Stopwatch(head)
+    time.sleep(WATCHED_S)
+    return {"gcs_cores": watch.cores()["gcs"], "gcs_mib": processes.memory(head)["gcs"]["mib_each"]}
+
+
+_now = time.perf_counter
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

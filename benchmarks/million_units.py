@@ -2,13 +2,12 @@
 
 A sweep of a million units is planned, its store created, and every unit driven through the in-process pool by a worker
 that does nothing: what is left is what the driver needs. Printed as JSON: resident memory at the start (libraries
-loaded, nothing planned), its highest value afterwards, units a second, and bytes of the journal.
+loaded, nothing planned), its highest value afterwards, units a second, processor time and bytes of the journal a unit.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.figures import Bench, Target
 from cluster import Event, InlinePool, UnitDone
 from pipeline.config import SweepConfig
 from pipeline.plan import make_plan
@@ -26,6 +26,10 @@ from pipeline.sweep import run_sweep
 WINDOWS = 99
 SAMPLED_EVERY = 2_000
 MIB = 2**20
+TARGETS = (
+    Target(what="memory of the driver above its start, MiB", figure="mib_above_start", bound="at most", limit=300),
+    Target(what="units", figure="units", bound="at least", limit=1_000_000),
+)
 
 
 class NoWork:
@@ -53,11 +57,16 @@ def config_of(units: int) -> SweepConfig:
     )
 
 
-def main() -> None:
+def main() -> int:
     """Drive the sweep and print what it took."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--units", type=int, default=1_000_000)
-    args = parser.parse_args()
+    bench = Bench(__doc__)
+    bench.parser.add_argument("--units", type=int, default=1_000_000)
+    args = bench.parser.parse_args()
+    return bench.conclude(args, measure(args.units), TARGETS)
+
+
+def measure(units: int) -> dict[str, Any]:
+    """Drive a sweep of so many units and return what it took."""
     process = psutil.Process()
     # Loads what planning loads, so that libraries do not count as memory of the sweep.
     small = make_plan(config_of(WINDOWS))
@@ -72,35 +81,31 @@ def main() -> None:
         open_or_create(Path(folder) / "small.zarr", small)
         start = process.memory_info().rss
         began = time.perf_counter()
-        plan = make_plan(config_of(args.units))
+        plan = make_plan(config_of(units))
         planned = time.perf_counter()
         store = Path(folder) / "run.zarr"
         open_or_create(store, plan)
-        created = time.perf_counter()
+        created, busy = time.perf_counter(), time.process_time()
         result = run_sweep(plan, store, make_executor=lambda plan, place: InlinePool(NoWork), observe=observe)
-        driven = time.perf_counter()
+        driven, busy = time.perf_counter(), time.process_time() - busy
         again = run_sweep(plan, store, make_executor=lambda plan, place: InlinePool(NoWork), observe=observe)
         resumed = time.perf_counter()
         highest["bytes"] = max(highest["bytes"], process.memory_info().rss)
         journal = (store / "journal.jsonl").stat().st_size
     assert result.done == len(plan.layout), result
     assert again.computed == 0, again
-    print(
-        json.dumps(
-            {
-                "units": len(plan.layout),
-                "mib_at_start": round(start / MIB),
-                "mib_above_start": round((highest["bytes"] - start) / MIB),
-                "seconds_to_plan": round(planned - began, 1),
-                "seconds_to_create": round(created - planned, 1),
-                "units_a_second": round(len(plan.layout) / (driven - created)),
-                "seconds_to_see_that_nothing_is_left": round(resumed - driven, 1),
-                "journal_bytes_a_unit": round(journal / len(plan.layout)),
-            },
-            indent=2,
-        )
-    )
+    return {
+        "units": len(plan.layout),
+        "mib_at_start": round(start / MIB),
+        "mib_above_start": round((highest["bytes"] - start) / MIB),
+        "seconds_to_plan": round(planned - began, 1),
+        "seconds_to_create": round(created - planned, 1),
+        "units_a_second": round(len(plan.layout) / (driven - created)),
+        "driver_ms_a_unit": round(1000 * busy / len(plan.layout), 3),
+        "seconds_to_see_that_nothing_is_left": round(resumed - driven, 1),
+        "journal_bytes_a_unit": round(journal / len(plan.layout)),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,22 +1,30 @@
 """Units a second through Ray with workers that do nothing: ``python -m benchmarks.pool_rate``.
 
-Two replicas on two cores, windows of several depths, interleaved in one run; ping is a bare call to one actor in the
-same run, for scale. Printed as JSON: the best and the median rate of every case, and the driver's processor time.
+Two replicas on two cores, windows of several depths, interleaved in one run. Printed as JSON: the best and the median
+rate of every depth, and the driver's processor time a unit. Sweeps run with the depth that ``PoolOptions`` has.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
 import statistics
+import sys
 import time
 from typing import Any
 
+from benchmarks.figures import Bench, Target
 from cluster import Event, PoolOptions, UnitDone, WorkUnit
 
 UNITS_OF_A_SAMPLE = 100
+TARGETS = (
+    Target(
+        what=f"units a second through Ray, {PoolOptions().in_flight} in the window of a replica, median of the rounds",
+        figure=f"window_{PoolOptions().in_flight}.units_a_second_median",
+        bound="at least",
+        limit=1000,
+    ),
+)
 
 
 class NoWork:
@@ -43,13 +51,19 @@ def rate(pool: Any, units: int) -> tuple[float, float]:
     return units / seconds, 1000 * busy / units
 
 
-def main() -> None:
+def main() -> int:
     """Measure every depth in turn, several times over, and print the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--units", type=int, default=5000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--depths", default="2,8,32")
-    args = parser.parse_args()
+    bench = Bench(__doc__)
+    bench.parser.add_argument("--units", type=int, default=5000)
+    bench.parser.add_argument("--rounds", type=int, default=5)
+    bench.parser.add_argument("--depths", default="2,8,32")
+    args = bench.parser.parse_args()
+    depths = [int(depth) for depth in args.depths.split(",")]
+    return bench.conclude(args, measure(args.units, args.rounds, depths), TARGETS)
+
+
+def measure(units: int, rounds: int, depths: list[int]) -> dict[str, Any]:
+    """Run units through windows of each depth, round by round."""
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     import ray
 
@@ -63,14 +77,14 @@ def main() -> None:
         logging_level=logging.ERROR,
         object_store_memory=100 * 2**20,
     )
-    depths = [int(depth) for depth in args.depths.split(",")]
     found: dict[int, list[tuple[float, float]]] = {depth: [] for depth in depths}
-    for _ in range(args.rounds):
+    for _ in range(rounds):
         for depth in depths:
             pool = RayPool(NoWork, PoolOptions(replicas=2, in_flight=depth))
             rate(pool, 50 * depth)
-            found[depth].append(rate(pool, args.units))
+            found[depth].append(rate(pool, units))
             pool.close()
+    ray.shutdown()
     cases = {
         f"window_{depth}": {
             "units_a_second_best": round(max(rates)[0]),
@@ -79,9 +93,8 @@ def main() -> None:
         }
         for depth, rates in found.items()
     }
-    print(json.dumps({"units": args.units, "rounds": args.rounds, **cases}, indent=2))
-    ray.shutdown()
+    return {"units": units, "rounds": rounds, **cases}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
