@@ -85,7 +85,7 @@ def _choose(store: Store, plan: Plan) -> None:
 
 
 def _content(location: Location) -> Content:
-    return {key: location.read(key) or b"" for key in location.keys()}
+    return {key: location.read(key) or b"" for key in location.list()}
 
 
 def _changes(before: Content, location: Location) -> tuple[Content, Content]:

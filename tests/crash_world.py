@@ -1,4 +1,4 @@
-"""A world for drivers that crash: one real store, processes on machines, one clock, and kills between any two writes."""
+"""A world for drivers that crash: one real store, processes on machines, one clock, kills between any two writes."""
 
 from __future__ import annotations
 
