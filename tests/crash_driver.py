@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +102,10 @@ class Driver:
         return True
 
     def copy(self, attempt: Attempt) -> None:
-        """Let another replica run an attempt as well."""
-        writes, receipt = self.world.replica.prepare(attempt.unit)
-        self.attempts.append(Attempt(attempt.unit, attempt.number, writes, receipt))
+        """Let another replica run an attempt as well, unless it cannot: nobody minds a copy that fails."""
+        with suppress(ValueError):
+            writes, receipt = self.world.replica.prepare(attempt.unit)
+            self.attempts.append(Attempt(attempt.unit, attempt.number, writes, receipt))
 
     def receive(self, attempt: Attempt) -> list[Attempt]:
         """Receive the receipt of an attempt; returns its copies, which nobody waits for any more."""

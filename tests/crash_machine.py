@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster import InlinePool
 from pipeline.executors import pool_options
@@ -54,6 +54,13 @@ class CrashMachine(RuleBasedStateMachine):
         self.sound = True
 
     # Drivers
+
+    @initialize(units=st.integers(0, 8))
+    def begin(self, units: int) -> None:
+        """Start where a first driver is at work."""
+        self.start_driver(0, "never", None, 0.0)
+        for _ in range(units):
+            self._receive(self.drivers[0], self._whole(self.drivers[0]))
 
     @precondition(lambda self: any(len(d.attempts) < WINDOW for d in self._awake()))
     @rule(pick=which, units=st.integers(1, 3), spoiled=st.booleans(), flushed=st.booleans())

@@ -107,7 +107,7 @@ def sweep(head: Head, jobs: Jobs, command, tmp_path_factory) -> Sweep:
 
 def units(status: Ran) -> dict[str, int]:
     """Count the units of a store by their status."""
-    rows = json.loads(status.out)["experiments"]
+    rows = json.loads(status.out)["groups"]
     return {key: sum(row[key] for row in rows) for key in ("units", "done", "pending", "failed")}
 
 

@@ -27,10 +27,7 @@ COMMON = {
     "pending to done",
     "pending to failed",
     "failed to done",
-    "done to pending",
     "units found bad",
-    "status or selection rebuilt",
-    "a late replica writes a unit that is done",
 }
 """What must have happened in the examples, or they show nothing."""
 
