@@ -1,9 +1,10 @@
 """Many nodes under one pool: ``python -m benchmarks.many_nodes``.
 
 A real Ray cluster of simulated nodes, each a raylet of its own with one fake GPU, all on this machine. One replica a
-node is scheduled; in the middle two nodes are killed; every unit must end as done, and idle replicas must be released
-until all GPUs but the standby's are free again. Printed as JSON, with the seconds of each part, what the processes
-take, and how busy the cluster's head is with a quarter of the nodes, with all of them, and while units run.
+node is scheduled; in the middle of what all of them do together, two nodes are killed; every unit must end
+as done, and idle replicas must be released until all GPUs but the standby's are free again. Printed as JSON, with the
+seconds of each part, what the processes take, and how busy the cluster's head is with a quarter of the nodes, with all
+of them, and while units run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from typing import Any
 
 from benchmarks import processes
 from benchmarks.figures import Bench, Target
-from cluster import Event, PoolOptions, ReplicaStarted, UnitDone, WorkUnit
+from cluster import Event, PoolOptions, UnitDone, WorkUnit
 
 NODES = 64
 TARGETS = (
@@ -154,47 +155,84 @@ def cluster_here() -> Iterator[Nodes]:
 
 @dataclass
 class Story:
-    """What a run of the pool told, and how busy the head was in the middle of it.
+    """A run of the pool: units until every node has done one, and then so many more, in the middle of which it happens.
 
     Attributes
     ----------
-    half : called once half of the units are done.
+    nodes, units : how many nodes there are, and how many units are given out once all of them work.
+    unit_s : length of a unit.
+    half : called once half of those are done. patience_s : how long the first units are given out at most.
+    given, done, used : numbers of units given out and done; how many units each node did.
+    seconds_to_start : until every node had done a unit; 0 if not all of them did.
+    busy, memory : what the processes took from then until ``half``, and at its beginning.
     """
 
     nodes: int
     units: int
-    half: Any
-    counts: Counter[str] = field(default_factory=Counter)
+    unit_s: float
+    half: Callable[[], None]
+    patience_s: float = PATIENCE_S
+    given: int = 0
+    done: set[int] = field(default_factory=set)
     used: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     seconds_to_start: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
     _watch: Any = None
     _from: tuple[float, int] = (0.0, 0)
 
+    def supply(self) -> Iterator[WorkUnit]:
+        """Yield the units, as the pool pulls them."""
+        while self._watch is None and _now() - self._began < self.patience_s:
+            yield self._next()
+        for _ in range(self.units if self._watch is not None else 0):
+            yield self._next()
+
     def hear(self, event: Event) -> None:
         """Take note of an event."""
         self.counts[type(event).__name__] += 1
-        if isinstance(event, ReplicaStarted) and self.counts["ReplicaStarted"] == self.nodes:
-            self.seconds_to_start = time.perf_counter() - self._began
         if not isinstance(event, UnitDone):
             return
+        self.done.add(event.unit)
         self.used[event.receipt] += 1
-        done = self.counts["UnitDone"]
-        if self._watch is None and self.seconds_to_start:
-            self._watch, self._from = processes.Stopwatch([*processes.started(), processes.this()]), (_now(), done)
-        if done == self.units // 2:
-            if self._watch is not None:
-                seconds = _now() - self._from[0]
-                self.busy = {**self._watch.cores(), "units_a_second": round((done - self._from[1]) / seconds, 1)}
+        if self._watch is None and len(self.used) == self.nodes:
+            self._all_work()
+        elif self._watch is not None and len(self.done) == self._from[1] + self.units // 2:
+            units_a_second = (len(self.done) - self._from[1]) / (_now() - self._from[0])
+            self.busy = {**self._watch.cores(), "units_a_second": round(units_a_second, 1)}
             self.half()
+
+    def require_all_nodes(self) -> None:
+        """Make sure that every node worked.
+
+        Raises
+        ------
+        RuntimeError : some did not; nothing was measured then.
+        """
+        if not self.busy:
+            raise RuntimeError(
+                f"only {len(self.used)} of {self.nodes} nodes did a unit within {self.patience_s:g} s. "
+                "Try again when the machine is less busy, or with fewer --nodes."
+            )
+
+    def _next(self) -> WorkUnit:
+        self.given += 1
+        return WorkUnit(self.given - 1, (self.given - 1) % self.nodes, self.unit_s)
+
+    def _all_work(self) -> None:
+        self.seconds_to_start = _now() - self._began
+        running = [*processes.started(), processes.this()]
+        self.memory = processes.memory(processes.started())
+        self._watch, self._from = processes.Stopwatch(running), (_now(), len(self.done))
 
 
 def main() -> int:
     """Build the cluster, run, and print what happened."""
     bench = Bench(__doc__)
     bench.parser.add_argument("--nodes", type=int, default=NODES)
-    bench.parser.add_argument("--units-a-node", type=int, default=15)
+    bench.parser.add_argument("--units-a-node", type=int, default=8, help="once all nodes work")
     bench.parser.add_argument("--seconds", type=float, default=2.0, help="length of a unit")
     bench.parser.add_argument("--lost", type=int, default=2, help="nodes killed in the middle")
     args = bench.parser.parse_args()
@@ -222,38 +260,32 @@ def measure(nodes: Nodes, count: int, units: int, unit_s: float, lost: int) -> d
         replicas=count, gpus_per_replica=1, start_timeout_s=PATIENCE_S, capacity_wait_s=60, idle_release_s=1
     )
     pool = RayPool(Nap, options)
+    story = Story(count, units, unit_s, lambda: nodes.kill(lost))
     began = _now()
-    story = Story(count, units, lambda: nodes.kill(lost))
-    memory: dict[str, Any] = {}
-
-    def hear(event: Event) -> None:
-        story.hear(event)
-        if not memory and isinstance(event, UnitDone) and story.seconds_to_start:
-            memory.update(processes.memory(processes.started()))
-
-    finished = pool.run((WorkUnit(i, i % count, unit_s) for i in range(units)), hear)
+    finished = pool.run(story.supply(), story.hear)
     seconds = _now() - began
     assert finished, "the run was not stopped by anybody"
-    done, failed = story.counts["UnitDone"], story.counts["UnitFailed"]
+    story.require_all_nodes()
+    given, done = story.given, len(story.done)
     # One last long unit: everybody else is idle meanwhile and must go.
-    pool.run([WorkUnit(units, 0, 20.0)], story.hear)
+    pool.run([WorkUnit(given, 0, 20.0)], story.hear)
     free = ray.available_resources().get("GPU", 0)
     pool.close()
     return {
         "nodes": count,
         "nodes_killed": lost,
         "nodes_used": len(story.used),
-        "units": units,
+        "units": given,
         "units_done": done,
-        "units_failed": failed,
-        "units_lost": units - done,
+        "units_failed": story.counts["UnitFailed"],
+        "units_lost": given - done,
         "units_retried": story.counts["UnitRetried"],
         "gpus_taken": count - lost - round(free),
         "seconds_to_start_the_replicas": round(story.seconds_to_start, 1),
         "seconds_to_run": round(seconds, 1),
         "stages": stages,
         "cores_while_running": story.busy,
-        "memory": memory,
+        "memory": story.memory,
     }
 
 

@@ -123,13 +123,13 @@ def driver_puts(run: Run, measured: Measured) -> float:
 
 
 def driver_lists(measured: Measured) -> float:
-    """Return the requests to list of the driver: whether it is still the driver, at each flush and heartbeat."""
-    return 1 / measured.flush_s + 1 / measured.beat_s
+    """Return the requests to list of the driver: whether another took over, before status, journal and heartbeat."""
+    return 2 / measured.flush_s + 1 / measured.beat_s
 
 
 def driver_gets(measured: Measured) -> float:
-    """Return the requests to read of the driver: whether it was asked to stop."""
-    return 1 / measured.ask_s
+    """Return the requests to read of the driver: its own claim, each time that it lists, and whether it is to stop."""
+    return driver_lists(measured) + 1 / measured.ask_s
 
 
 def driver_bytes(run: Run, measured: Measured) -> float:

@@ -154,8 +154,8 @@ def table(found: Found) -> str:
             f"(baseline + experiments + journal) / {flush} + 1 / {beat}",
             lambda run: f"{needs.driver_puts(run, m):.2g}",
         ),
-        ("driver, LIST a second", f"1 / {flush} + 1 / {beat}", lambda run: f"{needs.driver_lists(m):.2g}"),
-        ("driver, GET a second", f"1 / {ask}", lambda run: f"{needs.driver_gets(m):.2g}"),
+        ("driver, LIST a second", f"2 / {flush} + 1 / {beat}", lambda run: f"{needs.driver_lists(m):.2g}"),
+        ("driver, GET a second", f"LIST + 1 / {ask}", lambda run: f"{needs.driver_gets(m):.2g}"),
         (
             "driver, sent a second, at most",
             f"({half} + units of the sweep x 1 B) / {flush}",

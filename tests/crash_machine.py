@@ -195,16 +195,17 @@ class CrashMachine(RuleBasedStateMachine):
 
     # Damage and verification
 
-    @precondition(lambda self: self._damageable())
+    @precondition(lambda self: self._begun())
     @rule(
         pick=st.integers(0, 999), way=st.sampled_from(["flip", "truncate", "delete", "swap"]), place=st.integers(0, 99)
     )
     def damage(self, pick: int, way: str, place: int) -> None:
-        key = _one(self._damageable(), pick)
-        content = self.world.location.read(key) or b""
-        others = self.oracle.others(key)
-        if way == "swap" and not others:
+        """Damage a chunk, and often verify at once."""
+        keys = [key for key in self._damageable() if way != "swap" or self.oracle.others(key)]
+        if not keys:
             return
+        key = _one(keys, pick)
+        content, others = self.world.location.read(key) or b"", self.oracle.others(key)
         at = place * len(content) // 100
         flipped = content[:at] + bytes([content[at] ^ (1 << pick % 8)]) + content[at + 1 :]
         changed = {"flip": flipped, "truncate": content[:at], "delete": None, "swap": _one([*others, b""], 0)}
@@ -212,8 +213,11 @@ class CrashMachine(RuleBasedStateMachine):
         self.oracle.damaged.add(key)
         self.seen[f"damage: {way}"] += 1
         self.known = self.oracle.states()
+        if pick % 2 and not self.world.refuses(ELSEWHERE):
+            self._verify(ELSEWHERE, "never", None, 0.0)
 
-    @precondition(lambda self: not self.bucket and (self.world.holder is None or self.world.holder.state == "dead"))
+    @precondition(lambda self: not self.bucket and self._begun())
+    @precondition(lambda self: self.world.holder is None or self.world.holder.state == "dead")
     @rule(percent=st.integers(0, 90))
     def tear(self, percent: int) -> None:
         content = self.world.location.read(LOCAL_JOURNAL) or b""
@@ -225,8 +229,12 @@ class CrashMachine(RuleBasedStateMachine):
             self.seen["the last line is torn"] += 1
             self._settle({unit: {PENDING, DONE, FAILED}})
 
+    @precondition(lambda self: self._begun())
     @rule(machine=machines, thaw=thaws, kill=kills, share=shares)
     def verify(self, machine: int, thaw: str, kill: int | None, share: float) -> None:
+        self._verify(machine, thaw, kill, share)
+
+    def _verify(self, machine: int, thaw: str, kill: int | None, share: float) -> None:
         told = self.oracle.told()
         must = {u for u, (state, _) in told.items() if state == DONE and self.oracle.differing(u)}
         must |= {u for u in told if told[u] == (FAILED, False) and self.oracle.differing(u, spoiled=True)}
@@ -263,9 +271,9 @@ class CrashMachine(RuleBasedStateMachine):
         self._settle({unit: {DONE, FAILED} for unit, state in before.items() if state != DONE})
         if result is not None:
             counts = [list(self.known.values()).count(state) for state in (DONE, FAILED, PENDING)]
-            assert [result.done, result.failed, result.pending] == counts
+            assert [result.done, result.failed, result.pending] == counts, "a sweep that counts otherwise"
             if not faulty and not self.oracle.damaged:
-                assert result.done == len(self.known), result
+                assert result.done == len(self.known), f"a sweep that is not done: {result}"
 
     def _sweep(self, faulty: Mapping[int, str]) -> SweepResult:
         replica = FaultyReplica(self.world, faulty)
@@ -305,15 +313,17 @@ class CrashMachine(RuleBasedStateMachine):
             self._undisturbed(lambda: verify(self.world.location))
         result = self._undisturbed(lambda: self._sweep({}))
         units = self.oracle.reference.right
-        assert (result.done, result.failed, result.pending) == (len(units), 0, 0), result
-        assert result.failed_cells == 0
+        assert (result.done, result.failed, result.pending) == (len(units), 0, 0), f"a sweep that is not done: {result}"
+        assert result.failed_cells == 0, "failed cells that were made good"
         found = self._undisturbed(lambda: verify(self.world.location))
-        assert found.good, found
-        assert found.checked == len(units)
-        assert set(self.oracle.status().values()) == {DONE}
-        assert not [key for unit in units for key in self.oracle.differing(unit)]
-        assert self.oracle.selection_is("right")
-        assert not self.world.partial_files()
+        assert found.good, f"false alarms: {found}"
+        assert found.checked == len(units), "units that were not verified"
+        assert set(self.oracle.status().values()) == {DONE}, "status without some unit"
+        assert not [key for unit in units for key in self.oracle.differing(unit)], (
+            "values of an undisturbed sweep differ"
+        )
+        assert self.oracle.selection_is("right"), "other cells than in an undisturbed sweep"
+        assert not self.world.partial_files(), "partial files that are left"
         self._check_tally()
 
     def _check_tally(self) -> None:
@@ -322,8 +332,10 @@ class CrashMachine(RuleBasedStateMachine):
         for entry in Journal(self.world.location).entries():
             tally.add(entry)
         told = {(name, i): s for name, group in tally.groups.items() for i, s in enumerate(group.status)}
-        assert {unit for unit, state in told.items() if state != DONE} <= self.oracle.receiptless
-        assert sum(cause.units for cause in tally.failures()) <= len(self.oracle.receiptless)
+        assert {unit for unit, state in told.items() if state != DONE} <= self.oracle.receiptless, (
+            "a tally without some unit"
+        )
+        assert sum(cause.units for cause in tally.failures()) <= len(self.oracle.receiptless), "failures told of"
 
     def _undisturbed(self, act: Callable[[], T]) -> T:
         with self.world.acting(self.world.start(ELSEWHERE)):
@@ -411,12 +423,20 @@ class CrashMachine(RuleBasedStateMachine):
         self.late += [attempt for attempt in driver.attempts if not attempt.spoiled]
 
     def _damageable(self) -> list[str]:
-        """Return the keys that were written since the store was created, and those of status."""
+        """Return the keys that were written since the store was created, and those of status.
+
+        Where the line of a unit was torn off, status alone tells of it: without both it is computed again, which a
+        driver that has read it before cannot know.
+        """
         keys = [key for unit in self.oracle.reference.right.values() for key in unit]
         # What is chosen and counted hangs on these, and there are few of them.
         keys += 3 * (self.oracle.service_keys + [key for key in keys if "/estimate/" in key])
-        there = [key for key in keys if self.world.location.read(key)]
-        return there if any(self.known.values()) else []
+        last = {status_key(group) for group, _ in self.oracle.receiptless} if self.drivers else set()
+        return [key for key in keys if key not in last and self.world.location.read(key)]
+
+    def _begun(self) -> bool:
+        """Whether some unit is not pending, so that there is something to damage and to verify."""
+        return any(self.known.values())
 
     def _holder(self) -> Driver | None:
         """Return the driver that is awake and holds the store."""

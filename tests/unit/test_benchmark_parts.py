@@ -10,7 +10,7 @@ import pytest
 from benchmarks import many_nodes, wide_pool
 from benchmarks.many_nodes import START_ATTEMPTS, Nodes, Story
 from benchmarks.wide_pool import CASES, Meter, units_of
-from cluster import ReplicaStarted, UnitDone, UnitRetried
+from cluster import UnitDone, UnitRetried
 
 
 def done(unit: int, receipt: object = "a") -> UnitDone:
@@ -49,31 +49,54 @@ class TestMeter:
 
 
 class TestStory:
+    """Two nodes, a and b, of which b comes late."""
+
     @pytest.fixture
     def told(self, monkeypatch) -> list[str]:
         monkeypatch.setattr(many_nodes.processes, "started", list)
         return []
 
-    def test_half_is_told_once_and_everything_is_counted(self, told):
-        story = Story(nodes=2, units=6, half=lambda: told.append("half"))
-        for replica in range(2):
-            story.hear(ReplicaStarted(replica=replica, hardware=""))
-        assert story.seconds_to_start > 0
-        for unit in range(6):
-            assert told == (["half"] if unit >= 3 else [])
-            story.hear(done(unit, receipt="ab"[unit % 2]))
-        assert told == ["half"]
-        assert story.used == {"a": 3, "b": 3}
-        assert story.counts["UnitDone"] == 6
-        assert story.busy["units_a_second"] > 0
+    def play(self, story: Story, late: int) -> None:
+        """Do the units as they are given out, the first ones all on one node."""
+        for number, unit in enumerate(story.supply()):
+            assert (unit.id, unit.payload) == (number, 2.0)
+            story.hear(done(unit.id, receipt="b" if number >= late and number % 2 else "a"))
 
-    def test_nothing_is_measured_before_all_replicas_are_up(self, told):
-        story = Story(nodes=2, units=4, half=lambda: told.append("half"))
-        story.hear(ReplicaStarted(replica=0, hardware=""))
-        for unit in range(4):
+    @pytest.mark.parametrize("late", [0, 5, 50], ids=["at once", "late", "later than all units would take"])
+    def test_all_units_are_measured_once_all_nodes_work(self, told, late):
+        story = Story(nodes=2, units=6, unit_s=2.0, half=lambda: told.append(f"half at {len(story.done)}"))
+        self.play(story, late)
+        before = len(story.done) - 6
+        assert before >= late
+        assert told == [f"half at {before + 3}"]
+        assert story.given == len(story.done) == sum(story.used.values())
+        assert set(story.used) == {"a", "b"}
+        assert story.seconds_to_start > 0
+        assert story.busy["units_a_second"] > 0
+        story.require_all_nodes()
+
+    def test_a_node_that_never_works_is_an_error_and_the_units_end(self, told, monkeypatch):
+        now = iter(range(1000))
+        monkeypatch.setattr(many_nodes, "_now", lambda: float(next(now)))
+        story = Story(nodes=2, units=6, unit_s=2.0, half=lambda: told.append("half"), patience_s=30.0, _began=0.0)
+        self.play(story, late=10_000)
+        assert told == []
+        assert len(story.done) == 30
+        with pytest.raises(RuntimeError, match=r"only 1 of 2 nodes did a unit within 30 s\. Try again"):
+            story.require_all_nodes()
+
+    def test_a_unit_that_does_not_come_back_is_missed(self, told):
+        story = Story(nodes=1, units=4, unit_s=2.0, half=lambda: told.append("half"))
+        for unit in story.supply():
+            if unit.id != 3:
+                story.hear(done(unit.id))
+        assert story.given - len(story.done) == 1
+
+    def test_a_unit_that_is_told_twice_counts_once(self, told):
+        story = Story(nodes=1, units=4, unit_s=2.0, half=lambda: told.append("half"))
+        for unit in (0, 1, 1, 2):
             story.hear(done(unit))
-        assert story.busy == {}
-        assert told == ["half"]
+        assert len(story.done) == 3
 
 
 class FakeCluster:

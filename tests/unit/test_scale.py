@@ -125,8 +125,8 @@ class TestNeeds:
             assert needs.driver_puts(run, MEASURED) == pytest.approx(4.2)
             # Half a megabyte of journal, and a megabyte of status, every 2 s.
             assert needs.driver_bytes(run, MEASURED) == 750_000
-        assert needs.driver_lists(MEASURED) == pytest.approx(0.7)
-        assert needs.driver_gets(MEASURED) == pytest.approx(0.2)
+        assert needs.driver_lists(MEASURED) == pytest.approx(1.2)
+        assert needs.driver_gets(MEASURED) == pytest.approx(1.4)
 
     def test_journal_and_start(self):
         assert needs.journal_bytes(LARGE, MEASURED) == 250_000_000
