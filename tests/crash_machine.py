@@ -24,6 +24,8 @@ T = TypeVar("T")
 STATES = ("pending", "done", "failed")
 MACHINES = 2
 DRIVERS = 3
+UNITS_AHEAD = 12
+"""Units that an heir does at most before a replica that outlived its driver goes on."""
 ELSEWHERE = MACHINES
 which = st.integers(0, 5)
 machines = st.integers(0, MACHINES - 1)
@@ -186,7 +188,32 @@ class CrashMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.late)
     @rule(pick=which, arrays=st.one_of(st.none(), st.integers(0, 3)))
     def write_late(self, pick: int, arrays: int | None) -> None:
-        attempt = _one(self.late, pick)
+        self._write_late(pick, arrays)
+
+    @precondition(lambda self: self._holder() is not None)
+    @rule(pick=which, arrays=st.one_of(st.none(), st.integers(1, 3)))
+    def outlive(self, pick: int, arrays: int | None) -> None:
+        """Let a replica outlive its driver, and write when another driver has had the unit done."""
+        holder = self._holder()
+        assert holder is not None
+        if len(holder.attempts) < WINDOW:
+            self._act(holder, lambda: holder.take(spoiled=False), None, 0.0)
+        mine = [attempt for attempt in holder.attempts if not attempt.spoiled]
+        if holder not in self.drivers or not mine:
+            return
+        self._drop(holder)
+        self.start_driver(holder.process.machine, "never", None, 0.0)
+        for _ in range(UNITS_AHEAD):
+            heir = self._holder()
+            if heir is not None and any(self.known[attempt.key] != DONE for attempt in mine):
+                self._receive(heir, self._whole(heir))
+        if self.late:
+            self._write_late(pick, arrays)
+
+    def _write_late(self, pick: int, arrays: int | None) -> None:
+        # Rare by chance alone: a unit that another driver has done meanwhile.
+        done = [attempt for attempt in self.late if self.known[attempt.key] == DONE]
+        attempt = _one(done or self.late, pick)
         self.seen["a late replica writes a unit that is done"] += self.known[attempt.key] == DONE
         attempt.write(arrays)
         if not attempt.writes or arrays == 0:
