@@ -60,7 +60,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.screen_cost
 	$(BIN)/python -m benchmarks.knockout_memory
 
-# Ten minutes or so; exits with 1 if a target is missed, the page being written all the same.
+# Twenty minutes or so; exits with 1 if a target is missed, the page being written all the same.
 bench-cluster: setup
 	$(BIN)/python -m benchmarks.cluster --out docs/scale.json; code=$$?; $(BIN)/python -m docs.make_scale && exit $$code
 

@@ -46,6 +46,13 @@ class TestPage:
     def test_it_is_short(self):
         assert len(PAGE.read_text(encoding="utf-8").splitlines()) < 120
 
+    def test_figures_on_the_reliability_page_are_these(self, found):
+        text = " ".join((PAGE.parent / "reliability.md").read_text(encoding="utf-8").split())
+        units = found.figures("million_units")
+        assert f"1,000,000 units need {units['mib_above_start']} MiB of driver memory above start" in text
+        assert f"and {units['seconds_to_see_that_nothing_is_left']:.0f} s to see that nothing is left" in text
+        assert f"{units['journal_bytes_a_unit']} bytes a unit" in text
+
     def test_what_people_wrote_holds_no_figure(self):
         text = PAGE.read_text(encoding="utf-8")
         for name in PARTS:
