@@ -1,15 +1,18 @@
 """How much cheaper a cell is than with the loop a user would write: ``python -m benchmarks.naive_ratio``.
 
-Both cases compute the same patch cells on the embedded model, interleaved in one process on one thread: the naive one
-runs the whole diffusers pipeline once a cell under nnsight, batch 1; stepscope's forks rows with prefix replay. Printed
-as JSON: seconds per cell of both, their ratio, and the largest difference of the final latents.
+Both cases compute cells of a full patch map (steps x layers x components) on the embedded model, interleaved in one
+process on the same threads, from the intervention to the metrics. The loop runs the whole diffusers pipeline once a
+cell under nnsight, batch 1, with the prompt already encoded and the donor's activations already kept; stepscope
+computes the same cells as units. Printed as JSON: seconds a cell of both, their ratio, and how far their values and
+final latents lie apart. For one thread and for as many as there are cores, which is what such a loop would use.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import nnsight
@@ -17,12 +20,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from interventions.base import KINDS, Intervention
+from benchmarks.figures import Bench, Target
 from interventions.record import RunInputs
 from pipeline.config import SweepConfig
+from pipeline.layout import Unit
 from pipeline.models import load_pipeline
-from pipeline.plan import make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.replica import Computer
+
+METRICS = ("goal_evidence", "solved", "trajectory")
+TARGETS = (
+    Target(
+        what="seconds a cell of the obvious loop over those of stepscope, threads of all cores",
+        figure="all_cores.naive_ratio",
+        bound="at least",
+        limit=8,
+    ),
+    Target(what="largest difference of a metric", figure="all_cores.largest_difference", bound="at most", limit=1e-5),
+)
 
 
 class _Whole(nn.Module):
@@ -36,7 +51,7 @@ class _Whole(nn.Module):
 
 
 class NaiveLoop:
-    """Save the donor's activation in one traced run, write it in a second one: two whole runs, the first one cached."""
+    """Save the donor's activations in one traced run, then write one of them in a whole run for every cell."""
 
     def __init__(self, pipe: Any, inputs: RunInputs) -> None:
         self.model, self.inputs = nnsight.NNsight(_Whole(pipe)), inputs
@@ -49,10 +64,10 @@ class NaiveLoop:
             for step in tracer.iter[:steps]:
                 for _, layer, name in sorted(s for s in sites if s[0] == step):
                     found[step, layer, name] = self.model.transformer.blocks[layer].get(name).output.clone()
-        self.donor = dict(found)
+        self.donor.update(found)
 
     def cell(self, step: int, layer: int, name: str) -> torch.Tensor:
-        """Run the corrupted run whole with one site replaced."""
+        """Run the corrupted run whole with one site replaced; returns its final latents."""
         value = self.donor[step, layer, name]
         with self.model.trace(**self.inputs.shared, **self.inputs.rows([1])) as tracer:
             for _ in tracer.iter[step]:
@@ -61,8 +76,8 @@ class NaiveLoop:
         return result  # noqa: RET504 (bound inside the trace)
 
 
-def plan_for(steps: int) -> Any:
-    """Return the plan of a full patch map on one sample."""
+def plan_for(steps: int, layers: Sequence[int] | str = "all") -> Plan:
+    """Return the plan of a patch map of one sample, one unit a step."""
     return make_plan(
         SweepConfig.model_validate(
             {
@@ -70,62 +85,88 @@ def plan_for(steps: int) -> Any:
                 "model": {"id": "embedded:maze"},
                 "task": {"name": "maze", "mazes": 1},
                 "sampler": {"steps": steps},
-                "metrics": ["goal_evidence"],
+                "metrics": METRICS,
                 "experiments": {
-                    "map": {"kind": "patch", "step": "all", "layer": "all", "component": ["attn1", "attn2", "ffn"]}
+                    "map": {"kind": "patch", "step": "all", "layer": layers, "component": ["attn1", "attn2", "ffn"]}
                 },
+                "unit_cells": 1,
             }
         )
     )
 
 
-def main() -> None:
-    """Time both cases on every ``stride``-th step of a map and print the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--stride", type=int, default=5)
-    parser.add_argument("--naive-cells", type=int, default=6, help="cells of each step that the naive loop runs")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    plan = plan_for(args.steps)
-    pipe = load_pipeline(plan.model, dtype="float32", device="cpu")
-    naive_pipe = load_pipeline(plan.model, dtype="float32", device="cpu")
-    computer = Computer(plan, pipe)
-    record = computer.record(0)
-    naive = NaiveLoop(naive_pipe, record.inputs)
-    grid = plan.grids[0]
-    seconds = {"naive": 0.0, "stepscope": 0.0}
-    cells = {"naive": 0, "stepscope": 0}
-    worst = 0.0
-    for step in range(args.stride // 2, args.steps, args.stride):
-        rows: list[Intervention] = [
-            KINDS["patch"](step=step, layer=v.layer, component=v.component) for v in _at(grid, step)
-        ]
-        chosen = rows[:: max(1, len(rows) // args.naive_cells)][: args.naive_cells]
-        naive.capture({(step, r.layer, r.component) for r in chosen}, args.steps)  # type: ignore[attr-defined]
-        started = time.perf_counter()
-        singles = [naive.cell(step, r.layer, r.component) for r in chosen]  # type: ignore[attr-defined]
-        seconds["naive"] += time.perf_counter() - started
-        cells["naive"] += len(chosen)
-        started = time.perf_counter()
-        final = computer.engine.fork(record, rows).final
-        seconds["stepscope"] += time.perf_counter() - started
-        cells["stepscope"] += len(rows)
-        batched = final[[rows.index(r) for r in chosen]]
-        worst = max(worst, float((torch.cat(singles) - batched).abs().max()))
-    per_cell = {name: seconds[name] / cells[name] for name in seconds}
-    result = {
-        "seconds_per_cell": {k: round(v, 5) for k, v in per_cell.items()},
-        "naive_ratio": round(per_cell["naive"] / per_cell["stepscope"], 2),
-        "largest_latent_difference": float(np.format_float_scientific(worst, 2)),
-        "cells": cells,
+class Comparison:
+    """Both ways to the same cells, on pipelines of their own."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.computer = Computer(plan, load_pipeline(plan.model, dtype="float32", device="cpu"))
+        self.record = self.computer.record(0)
+        self.naive = NaiveLoop(load_pipeline(plan.model, dtype="float32", device="cpu"), self.record.inputs)
+
+    def step(self, unit: Unit, of_the_loop: int) -> dict[str, Any]:
+        """Compute a unit, and some of its cells one by one; returns seconds, cells and the largest differences."""
+        rows = self.plan.interventions(unit)
+        chosen = list(range(0, len(rows), max(1, len(rows) // of_the_loop)))[:of_the_loop]
+        sites = [(rows[i].step, rows[i].layer, rows[i].component) for i in chosen]  # type: ignore[attr-defined]
+        self.naive.capture(set(sites), self.plan.geometry.steps)
+        began = time.perf_counter()
+        measured = [self._measured(self.naive.cell(*site)) for site in sites]
+        loop_s = time.perf_counter() - began
+        began = time.perf_counter()
+        values = self.computer.cells(unit, np.ones(len(rows), dtype=np.bool_))
+        ours_s = time.perf_counter() - began
+        apart = [np.abs(values[m].ravel()[chosen] - [one[m] for one in measured]).max() for m in METRICS]
+        return {"naive": (loop_s, len(sites)), "stepscope": (ours_s, len(rows)), "apart": float(max(apart))}
+
+    def _measured(self, latents: torch.Tensor) -> dict[str, float]:
+        found = self.computer.measure(self.record, latents, self.plan.samples[0])
+        return {name: float(value[0]) for name, value in found.items()}
+
+
+def measure(threads: int, *, steps: int, stride: int, naive_cells: int) -> dict[str, Any]:
+    """Compute every ``stride``-th step of a map both ways, step by step in turn.
+
+    Parameters
+    ----------
+    naive_cells : cells of each step that the loop runs; all of them would take a quarter of an hour.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        plan = plan_for(steps)
+        both = Comparison(plan)
+        units = [unit for unit in plan.units() if unit.group == "map"]
+        both.step(units[-1], 1)
+        told = [both.step(unit, naive_cells) for unit in units[stride // 2 :: stride]]
+    finally:
+        torch.set_num_threads(before)
+    seconds = {
+        way: sum(one[way][0] for one in told) / sum(one[way][1] for one in told) for way in ("naive", "stepscope")
     }
-    print(json.dumps(result, indent=2))
+    return {
+        "threads": threads,
+        "seconds_a_cell": {way: round(value, 5) for way, value in seconds.items()},
+        "naive_ratio": round(seconds["naive"] / seconds["stepscope"], 2),
+        "largest_difference": float(f"{max(one['apart'] for one in told):.2e}"),
+        "cells": {way: sum(one[way][1] for one in told) for way in seconds},
+    }
 
 
-def _at(grid: Any, step: int) -> list[Any]:
-    return list(grid.interventions(range(step, step + 1)))
+def main() -> int:
+    """Measure on one thread and on all cores, and print the result."""
+    bench = Bench(__doc__)
+    bench.parser.add_argument("--steps", type=int, default=20)
+    bench.parser.add_argument("--stride", type=int, default=3)
+    bench.parser.add_argument("--naive-cells", type=int, default=6, help="cells of each step that the loop runs")
+    args = bench.parser.parse_args()
+    settings = {"steps": args.steps, "stride": args.stride, "naive_cells": args.naive_cells}
+    figures = {
+        "all_cores": measure(os.cpu_count() or 1, **settings),
+        "one_thread": measure(1, **settings),
+    }
+    return bench.conclude(args, figures, TARGETS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

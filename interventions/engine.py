@@ -14,8 +14,9 @@ from torch import nn
 from interventions.attention import AttentionTap
 from interventions.base import Intervention, RunRef
 from interventions.families.family import Family
+from interventions.joining import joining
 from interventions.record import Fork, Record, RunInputs
-from interventions.run import Gradient, Run, capturing, forking, recording, tap_of
+from interventions.run import BlockWork, Gradient, Run, capturing, forking, recording, tap_of
 from interventions.sites import Geometry, LatentsAt, OutputAt, PredictionAt, PromptAt, Site
 from interventions.solver import SolverTap
 from interventions.solvers import clean_estimate
@@ -57,15 +58,17 @@ class Engine:
     ----------
     pipe : a diffusers pipeline of the family. It stays usable; ``release`` undoes the scheduler wrap.
     family : the adapter that says where things are.
+    shares : whether what rows of a forward have in common is computed once. It changes no more than rounding; without
+        it every row is computed as if it were alone.
 
     Raises
     ------
     UnsupportedSolverError : the pipeline's scheduler is not understood.
     """
 
-    def __init__(self, pipe: Any, family: Family) -> None:
+    def __init__(self, pipe: Any, family: Family, *, shares: bool = True) -> None:
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self.family = pipe, family
+        self.pipe, self.family, self.shares = pipe, family, shares
         self._root = _TracedPipeline(pipe, family.denoisers)
         self.solver = SolverTap(pipe.scheduler, self._root.prediction, self._root.stepped)
         self._model = nnsight.NNsight(self._root)
@@ -247,15 +250,21 @@ class Engine:
             denoiser = getattr(self._model, run.geometry.denoiser(step))
             for call in range(len(run.geometry.calls)):
                 self._denoiser_call(run, denoiser, loop, step, call)
+                if run.stop_after_loop == loop and run.gradient is None and (step, call) == max(run.work):
+                    # Nothing that is captured lies beyond: not the rest of this call, nor another branch's.
+                    self._end(run, loop, tracer)
             if run.stop_after_loop == loop:
-                self._check_in_step(loop)
-                if run.gradient is not None:
-                    prediction, latents = self._model.prediction.output
-                    run.gradient.x0_hat = self._estimate(run, step, latents, prediction)
-                run.finished = True
-                tracer.stop()
+                assert run.gradient is not None
+                prediction, latents = self._model.prediction.output
+                run.gradient.x0_hat = self._estimate(run, step, latents, prediction)
+                self._end(run, loop, tracer)
             self._solver_step(run, loop, step)
         run.finished = True
+
+    def _end(self, run: Run, loop: int, tracer: Any) -> None:
+        self._check_in_step(loop)
+        run.finished = True
+        tracer.stop()
 
     def _denoiser_call(self, run: Run, denoiser: Any, loop: int, step: int, call: int) -> None:
         # Parks until this very call begins: without it, a second request for the location served last would be
@@ -267,6 +276,10 @@ class Engine:
             return
         if run.record and loop == 0:
             self._keep_conditioning(run, call, kwargs)
+        if self.shares and not run.record and (once := self._given_once(kwargs)):
+            # Not in recordings, which are the bare pipeline's runs to the last bit.
+            kwargs = {**kwargs, **once}
+            denoiser.inputs = (args, kwargs)
         for branch in run.geometry.calls[call]:
             if rows := run.edits.get(PromptAt(step, branch)):
                 kwargs = self._edited_prompt(run, PromptAt(step, branch), rows, kwargs)
@@ -278,9 +291,12 @@ class Engine:
             prompt = kwargs.get(self.family.conditioning[0])
             length = None if prompt is None else int(prompt.shape[-2])
             addresses = run.addresses[run.geometry.denoiser(step)]
-            visitor = BlockVisitor(denoiser, addresses, run, step, call, self._attention, length)
-            for block in sorted(work):
-                visitor.visit(block, work[block])
+            joins = joining(run, loop, step, call, addresses) if self.shares else None
+            visitor = BlockVisitor(denoiser, addresses, run, step, call, self._attention, length, joins)
+            for block in sorted({*work, *range(len(joins.active) if joins else 0)}):
+                visitor.visit(block, work.get(block, BlockWork()))
+            if run.captured is not None and (step, call) == max(run.work):
+                return
         # Always asked for: where nothing in a call is, the next call's inputs would be answered by this one's.
         output = denoiser.output
         if run.record:
@@ -288,6 +304,11 @@ class Engine:
         new = self._edited_output(run, step, call, output)
         if any(OutputAt(step, branch) in run.edits for branch in run.geometry.calls[call]):
             denoiser.output = new
+
+    def _given_once(self, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return one row of the arguments that are the same in every row, seen by how they were expanded."""
+        found = {name: kwargs[name] for name in self.family.once if isinstance(kwargs.get(name), torch.Tensor)}
+        return {name: v[:1] for name, v in found.items() if v.ndim and len(v) > 1 and v.stride(0) == 0}
 
     def _edited_output(self, run: Run, step: int, call: int, output: Any) -> Any:
         """Return a denoiser's output after the edits of its branches, and remember it as the latest of each row."""

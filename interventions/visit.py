@@ -9,6 +9,7 @@ import torch
 
 from interventions.attention import AttentionTap, Edges, Layout
 from interventions.families.family import BlockAddress, Tap
+from interventions.joining import Joining
 from interventions.run import BlockWork, Run
 from interventions.sites import ALL_HEADS, AttentionAt, Branch, Component, Site, Stream
 from interventions.streams import argument, read_tap, to_rows, with_argument, write_tap
@@ -23,6 +24,7 @@ class BlockVisitor:
     run : the run and its plan. step, call : where in the run.
     attention : the tap that cuts attention edges, already entered if the run has any to cut.
     text_tokens : length of the prompt that the denoiser is given, None if it is given none.
+    joins : which rows each of the first blocks computes, None if all compute all of them.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class BlockVisitor:
         call: int,
         attention: AttentionTap,
         text_tokens: int | None,
+        joins: Joining | None = None,
     ) -> None:
         self.denoiser, self.run, self.step, self.call, self.attention = denoiser, run, step, call, attention
-        self.text_tokens = text_tokens
+        self.text_tokens, self.joins = text_tokens, joins
         self.addresses = addresses
         self.branches: tuple[Branch, ...] = run.geometry.calls[call]
 
@@ -44,7 +47,13 @@ class BlockVisitor:
         """Do everything that is planned for one block."""
         address = self.addresses[block]
         envoy = self.denoiser.get(address.path)
-        entering = envoy.inputs if work.needs_inputs else None
+        joined = self.joins is not None and block < len(self.joins.active)
+        entering = envoy.inputs if work.needs_inputs or joined else None
+        if self.joins is not None and joined:
+            entering = self.joins.enter(block, address, entering)
+            envoy.inputs = entering
+        if not work.needs_inputs:
+            entering = None
         for key in address.blocks.taps:
             component, _, detail = key.partition(".")
             if component == "residual":
@@ -90,7 +99,7 @@ class BlockVisitor:
         self._put(where, tap, write_tap(raw, new, tap, blocks, stream, geometry))
 
     def _edit(self, site: Site, row: int, new: torch.Tensor, before: torch.Tensor | None) -> None:
-        at = self.run.row_of(site.branch, row)
+        at = self._row_of(site, row)
         if site.head != ALL_HEADS:
             heads = new[at].unflatten(-1, (self.run.geometry.heads, -1))
             heads[:, site.head] = self.run.edit(site, row, heads[:, site.head].clone())
@@ -101,6 +110,11 @@ class BlockVisitor:
             new[at] = new[at] + (self.run.edit(site, row, old) - old)
         else:
             new[at] = self.run.edit(site, row, new[at].clone())
+
+    def _row_of(self, site: Site, row: int) -> int:
+        if self.joins is None:
+            return self.run.row_of(site.branch, row)
+        return self.joins.place(site.block, self.branches.index(site.branch), row)
 
     def _of(self, site: Site, value: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         """Return what a site holds, one entry a row of the run."""

@@ -74,6 +74,8 @@ class Blocks:
     video_input, text_input : position and name of the block's arguments that "update" is measured from.
     beside : outputs that are neither, such as audio, by index: position and name of the argument they continue. They
         are skipped, repeated and exchanged with their block.
+    along : the block's arguments, beside the hidden states, that have an entry for every row of the batch; None where
+        that is not known, so that no row can be left out of a block.
     """
 
     path: str
@@ -85,6 +87,7 @@ class Blocks:
     video_input: tuple[int, str] = (0, "hidden_states")
     text_input: tuple[int, str] = (1, "encoder_hidden_states")
     beside: Mapping[int, tuple[int, str]] = field(default_factory=dict)
+    along: tuple[tuple[int, str], ...] | None = None
 
     def length(self, denoiser_config: Config) -> int:
         """Return the number of blocks in the list."""
@@ -123,6 +126,8 @@ class Family:
     pipelines : names of the diffusers pipeline classes it covers.
     blocks : block lists in forward order. interleaved : whether the lists take turns block by block.
     conditioning : arguments of the denoiser that carry the prompt, one row a run.
+    once : arguments of the denoiser that it may be given with one row for all, where every row has the same: what it
+        makes of them is then computed once a call and broadcast.
     denoisers : attributes of the pipeline that hold the denoisers, the one for high noise first.
     denoiser_at : which of them computes each step, from the pipeline's config and the timesteps.
     set_steps : set a scheduler's steps as the pipeline does: from scheduler, number of steps, latent (F, H, W).
@@ -149,6 +154,7 @@ class Family:
     blocks: tuple[Blocks, ...]
     interleaved: bool = False
     conditioning: tuple[str, ...] = ("encoder_hidden_states",)
+    once: tuple[str, ...] = ()
     denoisers: tuple[str, ...] = ("transformer",)
     denoiser_at: Callable[[Config, Sequence[float]], tuple[int, ...]] = lambda config, timesteps: ()
     set_steps: Callable[[Any, int, tuple[int, int, int]], None] = lambda scheduler, steps, shape: (

@@ -24,6 +24,7 @@ BLOCKS = Blocks(
         "residual": Tap(),
     },
     attention={"attn1": Attention(path="attn1", order="video"), "attn2": Attention(path="attn2", order="cross")},
+    along=((1, "encoder_hidden_states"), (2, "temb")),
 )
 
 
@@ -72,6 +73,8 @@ WAN = register_family(
         denoiser_at=_denoiser_at,
         blocks=(BLOCKS,),
         conditioning=("encoder_hidden_states", "encoder_hidden_states_image"),
+        # With expand_timesteps a row has an embedding and six modulations for every token, and all rows the same.
+        once=("timestep",),
         given_frames=_given_frames,
         example=_example,
         # What the pipelines' own call asks for; the default of encode_prompt is shorter.

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import cluster, counted, processes
+from benchmarks import counted, processes, runner
 from benchmarks.counted import DRIVER, REPLICA, Tally
 from benchmarks.figures import Bench, Target, sentence
 from benchmarks.million_units import NoWork, config_of, measure
@@ -106,7 +106,7 @@ class TestRunner:
             if second == "crashed"
             else self.writes(tmp_path, "second", met=second == "met"),
         }
-        assert cluster.run_all(commands, tmp_path / "all.json") == code
+        assert runner.run_all(commands, tmp_path / "all.json") == code
         shown = capsys.readouterr().out
         assert line in shown.partition("== targets")[2]
         assert ("out of luck" in shown) == (second == "crashed")
@@ -116,14 +116,14 @@ class TestRunner:
 
     def test_figures_of_other_benchmarks_stay(self, tmp_path):
         out = tmp_path / "all.json"
-        cluster.run_all({name: self.writes(tmp_path, name) for name in ("first", "second")}, out)
-        cluster.run_all({"second": self.writes(tmp_path, "again", units=8)}, out)
+        runner.run_all({name: self.writes(tmp_path, name) for name in ("first", "second")}, out)
+        runner.run_all({"second": self.writes(tmp_path, "again", units=8)}, out)
         kept = json.loads(out.read_text())["benchmarks"]
         assert {name: found["figures"]["units"] for name, found in kept.items()} == {"first": 7, "second": 8}
 
     @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)"], ids=["ends", "is killed"])
     def test_what_a_benchmark_leaves_behind_is_killed(self, end, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(cluster, "_PATIENCE_S", 0.1)
+        monkeypatch.setattr(runner, "_PATIENCE_S", 0.1)
         note = tmp_path / "child"
         child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
         start = (
@@ -133,7 +133,7 @@ class TestRunner:
         bystander = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
         try:
             command = self.writes(tmp_path, "leaves", then=start)
-            assert cluster.run(command, tmp_path / "result.json", tmp_path / "log") is not None
+            assert runner.run(command, tmp_path / "result.json", tmp_path / "log") is not None
             assert bystander.poll() is None
         finally:
             bystander.communicate()
