@@ -126,7 +126,8 @@ def _forks(engine: Engine, record: Record, rounding: float) -> Iterator[tuple[st
     yield "a restored last residual restores the run", gap(_Drowned(step=1, layer=last, direction="self")), rounding
     late = engine.fork(record, [Patch(step=1, layer=last, component="residual")], keep_x0_hat=True)
     before = _gap(late.x0_hat[0][0], record.x0_hat[0][record.row("corrupted")])
-    yield "nothing changes before the intervened step", before, 0.0
+    # Replayed steps are copies; computed again in a batch of another size they are equal to rounding.
+    yield "nothing changes before the intervened step", before, 0.0 if engine.replays else rounding
     for component in geometry.head_components:
         block = next(b for b in range(geometry.blocks) if component in geometry.components_of(b))
         whole = engine.fork(record, [Patch(step=1, layer=block, component=component)]).final

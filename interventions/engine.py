@@ -60,15 +60,17 @@ class Engine:
     family : the adapter that says where things are.
     shares : whether what rows of a forward have in common is computed once. It changes no more than rounding; without
         it every row is computed as if it were alone.
+    replays : whether the steps before the first change are replayed; without it they are computed for every row.
 
     Raises
     ------
     UnsupportedSolverError : the pipeline's scheduler is not understood.
     """
 
-    def __init__(self, pipe: Any, family: Family, *, shares: bool = True) -> None:
+    def __init__(self, pipe: Any, family: Family, *, shares: bool = True, replays: bool = True) -> None:
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self.family, self.shares = pipe, family, shares
+        self.pipe, self.family = pipe, family
+        self.shares, self.replays = shares, replays
         self._root = _TracedPipeline(pipe, family.denoisers)
         self.solver = SolverTap(pipe.scheduler, self._root.prediction, self._root.stepped)
         self._model = nnsight.NNsight(self._root)
@@ -135,7 +137,7 @@ class Engine:
         sites : sites of ``step`` only.
         rows : recorded runs to capture, as rows of the record; row i of a result is run ``rows[i]``.
         """
-        run = capturing(record, step, sites, rows)
+        run = capturing(record, step, sites, rows, replays=self.replays)
         self._trace(run, record.inputs, self._arguments(record.inputs, rows))
         assert run.captured is not None
         if missing := set(sites) - set(run.captured):
@@ -206,7 +208,7 @@ class Engine:
         schedules = {row.schedule for row in rows}
         if len(schedules) != 1:
             raise ValueError(f"rows of one fork must share their schedule edit, got {sorted(map(str, schedules))}")
-        run = forking(record, rows, next(iter(schedules)))
+        run = forking(record, rows, next(iter(schedules)), replays=self.replays)
         run.contexts = contexts_of(self.capture, record, rows, others)
         run.keep_x0_hat = keep_x0_hat
         kwargs = self._arguments(record.inputs, [record.row(row.recipient) for row in rows])

@@ -136,9 +136,9 @@ def recording(geometry: Geometry, rows: int) -> Run:
     )
 
 
-def capturing(record: Record, step: int, sites: Iterable[Site], runs: Sequence[int]) -> Run:
-    """Plan a run that replays up to ``step``, computes it, captures ``sites`` and ends."""
-    run = _replaying(record, list(range(record.geometry.steps)), step, runs)
+def capturing(record: Record, step: int, sites: Iterable[Site], runs: Sequence[int], *, replays: bool = True) -> Run:
+    """Plan a run that replays (or computes) up to ``step``, computes it, captures ``sites`` and ends."""
+    run = _replaying(record, list(range(record.geometry.steps)), step if replays else 0, runs)
     for site in set(sites):
         record.geometry.require(site)
         _add(run, site)
@@ -146,13 +146,12 @@ def capturing(record: Record, step: int, sites: Iterable[Site], runs: Sequence[i
     return run
 
 
-def forking(record: Record, rows: Sequence[Intervention], schedule: Schedule | None) -> Run:
-    """Plan a batch of intervened rows: replay up to the first step that any of them changes, then edit."""
+def forking(record: Record, rows: Sequence[Intervention], schedule: Schedule | None, *, replays: bool = True) -> Run:
+    """Plan a batch of intervened rows: replay (or compute) up to the first step that any of them changes, then edit."""
     geometry = record.geometry
     order = loop_order(schedule, geometry.steps)
-    run = _replaying(
-        record, order, replayed_loops(rows, schedule, geometry), [record.row(row.recipient) for row in rows]
-    )
+    loops = replayed_loops(rows, schedule, geometry) if replays else 0
+    run = _replaying(record, order, loops, [record.row(row.recipient) for row in rows])
     run.schedule, run.interventions = schedule, list(rows)
     for i, row in enumerate(rows):
         for point in row.points(geometry):

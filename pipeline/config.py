@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.notice import watch_for
 from pipeline import metrics as _metrics  # noqa: F401  (registers every metric)
@@ -48,10 +48,25 @@ class ModelConfig(_Frozen):
 
 
 class EngineConfig(_Frozen):
-    """What may change results in their last digits, and therefore belongs to the config's identity."""
+    """What may change results in their last digits, and therefore belongs to the config's identity.
 
+    ``mode`` "naive" is the reference: one row a forward, every run from its first step, nothing shared. ``engine:
+    naive`` is short for it.
+    """
+
+    mode: Literal["replay", "naive"] = "replay"
     batch_rows: Annotated[int, Field(ge=1, description="rows of one denoiser forward")] = 18
     threads: Annotated[int, Field(ge=1, description="CPU threads of a replica")] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_alone(cls, data: Any) -> Any:
+        return {"mode": data} if isinstance(data, str) else data
+
+    @property
+    def rows(self) -> int:
+        """Most rows of one forward."""
+        return 1 if self.mode == "naive" else self.batch_rows
 
 
 class PreviewConfig(_Frozen):
@@ -110,6 +125,9 @@ class SweepConfig(_Frozen):
         data["task"] = self.build_task().identity()
         for where in ("device", "device_map"):
             data["model"].pop(where)
+        if self.engine.mode == "replay":
+            # Younger than the first stores.
+            data["engine"].pop("mode")
         if sources := {name: METRICS[name].source for name in self.metrics if METRICS[name].source}:
             # A function that has changed since gives other results.
             data["metric_sources"] = sources

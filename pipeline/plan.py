@@ -161,7 +161,7 @@ class Plan:
 
     def batches(self, rows: Sequence[Intervention]) -> list[list[int]]:
         """Return the batches of a unit's cells; see ``batch_rows``."""
-        return batch_rows(rows, self.geometry, self.config.engine.batch_rows)
+        return batch_rows(rows, self.geometry, self.config.engine.rows)
 
     def cost(self) -> Cost:
         """Count cells, forwards and bytes of the whole sweep."""
@@ -211,7 +211,10 @@ class Plan:
             for ref in read.source
         }
         schedule = rows[0].schedule
-        loops = len(loop_order(schedule, self.geometry.steps)) - replayed_loops(rows, schedule, self.geometry)
+        loops = len(loop_order(schedule, self.geometry.steps))
+        if self.config.engine.mode == "naive":
+            return branches * (len(RUNS) * sum(step + 1 for step, _ in sources) + len(rows) * loops)
+        loops -= replayed_loops(rows, schedule, self.geometry)
         return branches * (len(RUNS) * len(sources) + len(rows) * loops)
 
 

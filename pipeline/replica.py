@@ -66,7 +66,8 @@ class Computer:
 
     def __init__(self, plan: Plan, pipe: Any) -> None:
         self.plan, self.pipe = plan, pipe
-        self.engine = Engine(pipe, family_of(type(pipe).__name__))
+        plain = plan.config.engine.mode == "naive"
+        self.engine = Engine(pipe, family_of(type(pipe).__name__), shares=not plain, replays=not plain)
         self._records: OrderedDict[tuple[int, int], Record] = OrderedDict()
         self._kept = RECORDS_KEPT
         self._reads_video = any(metric.reads_video for metric in plan.metrics)

@@ -113,6 +113,7 @@ class TestIdentity:
             "sampler.guidance_scale=2",
             "engine.batch_rows=4",
             "engine.threads=2",
+            "engine=naive",
             "metrics=[solved]",
             "metrics=[goal_evidence, solved]",
             "experiments.map.layer=[1]",
