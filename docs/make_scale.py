@@ -6,22 +6,20 @@ so that the page cannot say what was not found.
 
 from __future__ import annotations
 
-import json
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks import needs
 from benchmarks.needs import Measured, Run
+from docs.measured import Found, point, prose, targets, written
+from docs.measured import table as table_of
 
 PAGE = Path(__file__).with_name("scale.md")
 FIGURES = Path(__file__).with_name("scale.json")
 RUN = Run(gpus=1000, unit_s=60.0, metrics=3, experiments=6, cells=50, units=1_000_000)
 UNITS_S = (10.0, 60.0, 600.0)
 NODES = (125, 1000)
-WIDTH = 124
 _PLACES = ("bucket", "folder")
 _OF_NODE = ("raylet", "dashboard agent", "runtime env agent")
 _UNITS = {
@@ -30,49 +28,6 @@ _UNITS = {
     "screened": "cells of a screened experiment",
     "baseline": "baseline",
 }
-
-
-@dataclass(frozen=True)
-class Found:
-    """The results of all benchmarks."""
-
-    machine: dict[str, Any]
-    benchmarks: dict[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> Found:
-        """Read them from the file that ``benchmarks.cluster`` writes."""
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return cls(told["machine"], told["benchmarks"])
-
-    def figures(self, name: str) -> dict[str, Any]:
-        """Return the figures of a benchmark."""
-        found: dict[str, Any] = self.benchmarks[name]["figures"]
-        return found
-
-
-def targets(found: Found) -> str:
-    """Return every target with its figure and the load of the machine meanwhile."""
-    machine = found.machine
-    rows = [
-        (
-            f"`{name}`",
-            target["what"],
-            f"{target['bound']} {target['limit']:,}",
-            f"{target['value']:,}",
-            "pass" if target["met"] else "**FAIL**",
-            f"{result['load_before'][0]:g}, {result['load_after'][0]:g}",
-        )
-        for name, result in found.benchmarks.items()
-        for target in result["targets"]
-    ]
-    minutes = sum(result["seconds"] for result in found.benchmarks.values()) / 60
-    return _table(("benchmark", "figure", "target", "measured", "", "load before, after"), rows) + _prose(
-        f"On {machine['cores']} cores and {machine['memory_gib']} GiB that other work shared: the load is the",
-        "mean number",
-        f"of processes that wanted a core, over a minute. Python {machine['python']}, Ray {machine['ray']}, Zarr",
-        f"{machine['zarr']}; {minutes:.0f} minutes in all.",
-    )
 
 
 def driver(found: Found) -> str:
@@ -92,7 +47,7 @@ def driver(found: Found) -> str:
         what = f"{wide['replicas']:,} replicas, units of {case['unit_s']:g} s"
         rows.append((what, case["units_a_second"], case["driver_ms_a_unit"]))
     shown = [(what, f"{units:,.0f}", f"{ms:.2g}") for what, units, ms in rows]
-    return _table(("sweep", "units a second", "driver, ms of a core a unit"), shown) + _prose(
+    return table_of(("sweep", "units a second", "driver, ms of a core a unit"), shown) + prose(
         f"Memory: {million['mib_at_start']} MiB once libraries are loaded, and at most",
         f"{million['mib_above_start']} MiB",
         f"more while {million['units']:,} units are planned, driven and resumed. Planning them takes",
@@ -112,7 +67,7 @@ def requests(found: Found) -> str:
     bucket, folder = (store[place]["driver"] for place in _PLACES)
     every = store["constants"]
     names = (f"{place}, {metrics} metric{'s' * (metrics > 1)}" for place, metrics in columns)
-    return _table(("one unit", *names), rows) + _prose(
+    return table_of(("one unit", *names), rows) + prose(
         f"The driver, with {bucket['groups'] - 1} experiments and a baseline, asks a bucket for",
         f"{_asked(bucket['requests_a_second'])} a second, and a folder for {_asked(folder['requests_a_second'])}, at",
         f"{bucket['units_a_second']:.0f} units a second. It writes status and journal every",
@@ -171,13 +126,13 @@ def table(found: Found) -> str:
     rows = [(what, formula, *(say(run) for run in runs)) for what, formula, say in lines]
     clips = ", ".join(f"{needs.clip_s(size):,.0f} s at {size}" for size in needs.CLIPS)
     return (
-        _prose(
+        prose(
             f"{RUN.gpus:,} GPUs with a replica each, a bucket, {RUN.metrics} metrics, {RUN.experiments} experiments,",
             f"{RUN.units:,} units of {RUN.cells} cells:",
         ).lstrip()
         + "\n\n"
-        + _table(("need", "formula", *(f"units of {seconds:g} s" for seconds in UNITS_S)), rows)
-        + _prose(
+        + table_of(("need", "formula", *(f"units of {seconds:g} s" for seconds in UNITS_S)), rows)
+        + prose(
             "For scale: one clip of a model of 14 billion parameters, 50 steps of two calls, takes a GPU that sustains",
             f"{needs.SUSTAINED / 1e12:.0f} TFLOP/s {clips} (height x width x frames; computed, not measured).",
             f"Memory of the driver: {m.driver_mib:g} + {m.units_mib:g} MiB, as measured.",
@@ -197,7 +152,7 @@ def head(found: Found) -> str:
     idle = " and ".join(
         f"{stage['gcs_cores']:.2g} cores and {stage['gcs_mib']} MiB with {stage['nodes']}" for stage in nodes["stages"]
     )
-    return _table(("GCS while units run", "cores", "MiB"), rows) + _prose(
+    return table_of(("GCS while units run", "cores", "MiB"), rows) + prose(
         f"Idle, it took {idle} nodes. The head has, in memory that no other process shares: {of_head}. Every",
         "node, the head",
         f"too, has: {', '.join(each[kind] for kind in _OF_NODE)}. A replica without a model: {each['worker']}.",
@@ -217,7 +172,7 @@ def limits(found: Found) -> str:
     puts = needs.replica_puts(replace(RUN, unit_s=shortest), measured)
     full = 1000 / (measured.pool_ms + measured.sweep_ms)
     return "\n".join(
-        _point(*lines)
+        point(*lines)
         for lines in (
             (
                 f"**The driver** comes first. It fed {measured.most_units_a_second:.0f} units a second to",
@@ -251,19 +206,6 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _prose(*lines: str) -> str:
-    return "\n\n" + textwrap.fill(" ".join(lines), WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-def _point(*lines: str) -> str:
-    return textwrap.indent(_prose(*lines).strip(), "  ").replace("  ", "- ", 1)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
 PARTS = {
     "targets": targets,
     "driver": driver,
@@ -276,11 +218,7 @@ PARTS = {
 
 def render(text: str, found: Found) -> str:
     """Return the page with the parts between its marks written anew."""
-    for name, make in PARTS.items():
-        begin, end = f"<!-- {name}: begin, written by `make bench-cluster` -->", f"<!-- {name}: end -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{make(found)}\n{end}{rest.partition(end)[2]}"
-    return text
+    return written(text, PARTS, found, "make bench-cluster")
 
 
 if __name__ == "__main__":
