@@ -54,11 +54,10 @@ def forwards(plan: Plan, unit: Unit) -> Counter[int]:
     return calls
 
 
-class Bare:
+class BareDenoiser:
     """The denoiser of a pipeline of its own, with the arguments that the pipeline gives it half way."""
 
     def __init__(self, plan: Plan) -> None:
-        self._denoiser = None
         pipe = load_pipeline(plan.model, dtype="float32", device="cpu")
         inputs = plan.task.inputs(pipe, plan.samples[0], plan.config.sampler)
         seen: list[dict[str, Any]] = []
@@ -88,7 +87,7 @@ class Meter:
     """Seconds of a sweep between one event and the next, and of the bare forwards that follow each unit."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan, self._bare = plan, Bare(plan)
+        self._plan, self._bare = plan, BareDenoiser(plan)
         self.sweep_s = self.bare_s = 0.0
         self.row_forwards = 0
         self.by_group: dict[str, list[float]] = {}
@@ -104,6 +103,10 @@ class Meter:
             group[1] += bare
             self.row_forwards += self._plan.unit_forwards(unit)
         self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Let the time until the next event belong to no unit."""
+        self._since = None
 
     @property
     def totals(self) -> tuple[float, float]:
@@ -123,7 +126,7 @@ def measure(threads: int, *, steps: int, rounds: int) -> dict[str, Any]:
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as folder:
                 run_sweep(plan, Path(folder, "run.zarr"), observe=meter)
-            meter._since = None
+            meter.pause()
     finally:
         torch.set_num_threads(before)
     sweep, bare = meter.totals

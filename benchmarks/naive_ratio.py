@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.engine_efficiency import BareDenoiser
 from benchmarks.figures import Bench, Target
 from interventions.record import RunInputs
 from pipeline.config import SweepConfig
@@ -138,7 +140,12 @@ def measure(threads: int, *, steps: int, stride: int, naive_cells: int) -> dict[
         both = Comparison(plan)
         units = [unit for unit in plan.units() if unit.group == "map"]
         both.step(units[-1], 1)
-        told = [both.step(unit, naive_cells) for unit in units[stride // 2 :: stride]]
+        bare, ms = BareDenoiser(plan), {1: 0.0, plan.config.engine.rows: 0.0}
+        told = []
+        for unit in units[stride // 2 :: stride]:
+            told.append(both.step(unit, naive_cells))
+            for rows in ms:
+                ms[rows] += 1000 * bare.seconds(Counter({rows: 4})) / (4 * rows)
     finally:
         torch.set_num_threads(before)
     seconds = {
@@ -148,6 +155,7 @@ def measure(threads: int, *, steps: int, stride: int, naive_cells: int) -> dict[
         "threads": threads,
         "seconds_a_cell": {way: round(value, 5) for way, value in seconds.items()},
         "naive_ratio": round(seconds["naive"] / seconds["stepscope"], 2),
+        "bare_ms_a_row": {str(rows): round(total / len(told), 2) for rows, total in ms.items()},
         "largest_difference": float(f"{max(one['apart'] for one in told):.2e}"),
         "cells": {way: sum(one[way][1] for one in told) for way in seconds},
     }
