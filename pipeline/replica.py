@@ -21,6 +21,7 @@ from interventions.record import Fork, Record
 from interventions.screen import screen
 from interventions.sites import RUNS
 from pipeline import gpu_memory
+from pipeline.conditioning import Conditioning
 from pipeline.config import SweepConfig
 from pipeline.experiment import Grid
 from pipeline.metrics.metric import Metric, MetricInput, no_video
@@ -66,6 +67,7 @@ class Computer:
 
     def __init__(self, plan: Plan, pipe: Any) -> None:
         self.plan, self.pipe = plan, pipe
+        self.conditioning = Conditioning(pipe)
         plain = plan.config.engine.mode == "naive"
         self.engine = Engine(pipe, family_of(type(pipe).__name__), shares=not plain, replays=not plain)
         self._records: OrderedDict[tuple[int, int], Record] = OrderedDict()
