@@ -153,6 +153,7 @@ def measure(threads: int, *, steps: int, stride: int, naive_cells: int) -> dict[
     }
     return {
         "threads": threads,
+        "steps": steps,
         "seconds_a_cell": {way: round(value, 5) for way, value in seconds.items()},
         "naive_ratio": round(seconds["naive"] / seconds["stepscope"], 2),
         "bare_ms_a_row": {str(rows): round(total / len(told), 2) for rows, total in ms.items()},
