@@ -45,7 +45,7 @@ def cells(found: Found) -> str:
     return table_of(head, rows) + prose(
         f"Cells compared: {case['cells']['naive']} by the loop, {case['cells']['stepscope']} by stepscope; their",
         f"metrics differ by {case['largest_difference']:g} at most. The last column is what the bare denoiser allows",
-        "without sharing: a cell of a map over all steps computes half of them, at the cost of a row in a full forward.",
+        "without sharing: a cell of a map over all steps computes half of them, each as a row of a full forward.",
         "On a processor such a row costs not much less than one alone, as the table shows; that is what bounds the",
         "ratio, and it grows with the cores, which a forward of one row cannot use.",
     )
