@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.events import UnitDone
+from interventions.sites import RUNS
 from pipeline.experiment import Grid
 from pipeline.layout import BASELINE, Unit
 from pipeline.metrics.metric import METRICS
 from pipeline.plan import Plan
-from pipeline.precision import Observed, narrow
+from pipeline.precision import Floats, Observed, narrow
 from pipeline.store import Store
 
 
@@ -75,10 +76,28 @@ def count_window(cells: NDArray[np.bool_], start: int, stop: int) -> int:
     return int(cells[start:stop].sum() if cells.ndim else cells.sum())
 
 
-def decide(plan: Plan, store: Store, name: str, look: int) -> NDArray[np.bool_]:
+def make_look(plan: Plan, store: Store, name: str, look: int) -> None:
+    """Write which cells of an experiment have stopped by a look, from what is stored.
+
+    Raises
+    ------
+    CorruptedError : a value cannot be read, or is missing. ValueError : the look before is not made.
+    """
+    before = store.stopped(name, look - 1) if look else np.zeros(plan.by_name[name].shape, dtype=np.bool_)
+    if before is None:
+        raise ValueError(f"look {look} of {name} comes before look {look - 1}. Make them in order.")
+    store.write_look(name, look, decide(plan, store, name, look, before))
+
+
+def decide(plan: Plan, store: Store, name: str, look: int, before: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return which cells of an experiment have stopped by a look, shaped as its grid.
 
-    A function of the stored values of the rounds before it and of the look before, window by window of units.
+    A function of the stored values of the rounds before it, window by window of units; the store may be that of the
+    same sweep without precision.
+
+    Parameters
+    ----------
+    before : cells that had stopped by the look before; their values are not read.
 
     Raises
     ------
@@ -87,11 +106,8 @@ def decide(plan: Plan, store: Store, name: str, look: int) -> NDArray[np.bool_]:
     grid, rounds = plan.by_name[name], plan.rounds[name]
     settings, samples = grid.experiment.precision, rounds.samples[look]
     assert settings is not None
-    before = store.stopped(name, look - 1) if look else np.zeros(grid.shape, dtype=np.bool_)
-    if before is None:
-        raise ValueError(f"look {look} of {name} comes before look {look - 1}. Make them in order.")
     metric = METRICS[settings.metric].name
-    clean, corrupted = store.sample_values(f"{BASELINE}/{metric}", samples).T
+    clean, corrupted = _recorded(store, metric, samples)
     keys = [(sample.pair, sample.prompt) for sample in plan.samples[:samples]]
     of_clean, stopped, windows = _of_clean_run(grid), before.copy(), plan.layout.windows(name)
     for start, stop in map(windows.bounds, range(windows.count)):
@@ -103,15 +119,29 @@ def decide(plan: Plan, store: Store, name: str, look: int) -> NDArray[np.bool_]:
         recipient = of_clean[cut].ravel()[goes_on]
         observed = Observed(
             values=values.astype(np.float64),
-            reference=np.where(recipient, clean[:, None], corrupted[:, None]).astype(np.float64),
-            clean=clean.astype(np.float64),
-            corrupted=corrupted.astype(np.float64),
+            reference=np.where(recipient, clean[:, None], corrupted[:, None]),
+            clean=clean,
+            corrupted=corrupted,
             keys=keys,
         )
         found = before[cut].flatten()
         found[goes_on] = narrow(observed, settings, rounds.looks)
         stopped[cut] = found.reshape(before[cut].shape)
     return stopped
+
+
+def differences(plan: Plan, store: Store, name: str, metric: str) -> Floats:
+    """Return a metric of every cell minus that of its recipient run, (samples, cells)."""
+    samples = len(plan.samples)
+    clean, corrupted = _recorded(store, metric, samples)
+    values = store.sample_values(f"{name}/{metric}", samples).astype(np.float64).reshape(samples, -1)
+    recipient = _of_clean_run(plan.by_name[name]).ravel()
+    return values - np.where(recipient, clean[:, None], corrupted[:, None])
+
+
+def _recorded(store: Store, metric: str, samples: int) -> tuple[Floats, Floats]:
+    both = store.sample_values(f"{BASELINE}/{metric}", samples).astype(np.float64)
+    return both[:, RUNS.index("clean")], both[:, RUNS.index("corrupted")]
 
 
 def _of_clean_run(grid: Grid) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from pipeline.layout import BASELINE, Unit
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.redaction import redact
-from pipeline.rounds import decide, skipped
+from pipeline.rounds import make_look, skipped
 from pipeline.screening import mean_over_samples, select
 from pipeline.stopping import Stopping
 from pipeline.store import (
@@ -224,7 +224,7 @@ class _Drive:
                 continue
             # Nobody but the holder of the lease may look.
             self._ledger.flush(force=True)
-            self._store.write_look(name, look, decide(self._plan, self._store, name, look))
+            make_look(self._plan, self._store, name, look)
 
     def _skip(self, numbers: range) -> None:
         """Mark units as done whose cells have all stopped: nothing is computed and nothing stored."""
