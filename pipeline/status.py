@@ -257,14 +257,17 @@ def unit_cells(store: Store, group: str) -> tuple[NDArray[np.int64], bool]:
 
 
 def _cells_in_rounds(arrays: Any, array: Any) -> tuple[NDArray[np.int64], bool]:
-    stopped, samples = np.asarray(arrays[STOPPED][...]), [int(n) for n in arrays[LOOK_SAMPLES][...]]
+    stopped = np.asarray(arrays[STOPPED][...])
+    # Sorted and cut to size, as a store may come from anywhere.
+    ends = np.clip(np.sort(np.asarray(arrays[LOOK_SAMPLES][...])), 0, array.shape[0]).tolist()
     made = [not (look == NOT_LOOKED).any() for look in stopped]
-    starts = range(0, array.shape[1], array.chunks[1]) if array.ndim > 1 else range(1)
-    open_, found = np.ones(array.shape[1:], dtype=np.bool_), []
-    for round_, (start, stop) in enumerate(pairwise([0, *samples, array.shape[0]])):
+    width = array.chunks[1] if stopped.ndim > 1 else 1
+    starts = range(0, stopped.shape[1], width) if stopped.ndim > 1 else range(1)
+    open_, found = np.ones(stopped.shape[1:], dtype=np.bool_), []
+    for round_, (start, stop) in enumerate(pairwise([0, *ends[: len(stopped)], array.shape[0]])):
         if round_ and made[round_ - 1]:
             open_ = stopped[round_ - 1] != HAS_STOPPED
-        counts = [int(open_[s : s + array.chunks[1]].sum()) if array.ndim > 1 else int(open_) for s in starts]
+        counts = [int(open_[s : s + width].sum() if open_.ndim else open_) for s in starts]
         found.append(np.tile(np.array(counts, dtype=np.int64), stop - start))
     return np.concatenate(found), all(made)
 

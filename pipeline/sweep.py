@@ -201,7 +201,8 @@ class _Drive:
         sample = self._plan.layout.unit(numbers.start).sample
         for name, rounds in self._plan.rounds.items():
             self._look_until(name, rounds.round_of(sample))
-        self._skip(numbers)
+        if self._plan.rounds:
+            self._skip(numbers)
         return next(self.due(numbers), None) is not None
 
     def choose_again(self) -> None:

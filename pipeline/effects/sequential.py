@@ -22,8 +22,21 @@ CAVEAT = (
 
 
 def looks_of(attrs: Mapping[Any, Any]) -> int | None:
-    """Return how often an experiment is looked at, from its attributes; None if it is not computed in rounds."""
-    return int(json.loads(str(attrs["precision"]))["looks"]) if "precision" in attrs else None
+    """Return how often an experiment is looked at, from its attributes; None if it is not computed in rounds.
+
+    Raises
+    ------
+    ValueError : they do not say so.
+    """
+    if "precision" not in attrs:
+        return None
+    try:
+        looks = int(json.loads(str(attrs["precision"]))["looks"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"the attribute precision does not say how many looks there are: {error}") from error
+    if looks < 1:
+        raise ValueError(f"the attribute precision says {looks} looks. There must be at least one.")
+    return looks
 
 
 def describe(unit: str, level: float, looks: int) -> dict[str, str | int]:

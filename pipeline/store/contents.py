@@ -95,7 +95,11 @@ class Contents:
         found = {}
         for group in [group for group in self.groups if f"{group}/{STOPPED}" in self.arrays]:
             with reading(self.store.location, f"{group}/{LOOK_SAMPLES}"):
-                found[group] = [int(n) for n in self.store.array(f"{group}/{LOOK_SAMPLES}")[...]]
+                ends = np.sort(np.asarray(self.store.array(f"{group}/{LOOK_SAMPLES}")[...]))
+            # Cut to size, as a store may come from anywhere.
+            most = self.store.array(f"{group}/status").shape[0] // self.windows(group)[0]
+            looks = self.store.array(f"{group}/{STOPPED}").shape[0]
+            found[group] = [int(n) for n in np.clip(ends[:looks], 0, most)]
         return found
 
     def look_before(self, group: str, index: int) -> int | None:

@@ -127,6 +127,12 @@ def by_hand(store: Path, name: str, pair: str) -> tuple[Any, Any]:
 PAIRS = ("all", "red/blue", "red/any")
 
 
+@pytest.mark.parametrize("text", ["no JSON", "[]", "{}", '{"looks": "x"}', '{"looks": 0}'])
+def test_attributes_that_tell_no_looks_are_refused(text):
+    with pytest.raises(ValueError, match="the attribute precision"):
+        looks_of({"precision": text})
+
+
 class TestMaps:
     @pytest.mark.parametrize("pair", PAIRS)
     @pytest.mark.parametrize("name", ["wide", "ratio"])

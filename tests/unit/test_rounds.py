@@ -364,6 +364,14 @@ class TestReaders:
         sweep(plan, store.location)
         assert_same_arrays(store.location, undisturbed)
 
+    @pytest.mark.parametrize("samples", [[9, 6], [-5, 99], [10**12, 0]], ids=str)
+    def test_a_foreign_store_with_looks_anywhere_breaks_nothing(self, samples, undisturbed, tmp_path, capsys):
+        store = copy_of(undisturbed, tmp_path)
+        store.array("map/look_samples")[...] = np.array(samples)
+        assert main(["status", str(store.location)]) == 0
+        assert main(["verify", str(store.location)]) in (0, 1)
+        assert "Traceback" not in capsys.readouterr().err
+
     def test_stores_are_exported_and_finished(self, undisturbed, tmp_path, capsys):
         assert export_store(undisturbed, tmp_path / "run.zip") > 0
         assert main(["status", str(undisturbed)]) == 0
