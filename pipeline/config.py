@@ -176,6 +176,7 @@ def validate(
     problems += _notice_problems(config)
     problems += _credential_problems(raw)
     problems += _experiment_problems(raw.get("experiments"))
+    problems += _precision_problems(config)
     if problems or config is None:
         raise ConfigError(format_problems(problems, lines, name, overridden or set()))
     return config
@@ -311,6 +312,18 @@ def _experiment_problems(raw: Any) -> list[Problem]:
         except ExperimentError as error:
             problems += error.problems
     return problems
+
+
+def _precision_problems(config: SweepConfig | None) -> list[Problem]:
+    """Return where a precision is asked of a metric that is not computed."""
+    found: list[Problem] = []
+    for name, entry in config.experiments.items() if config is not None else ():
+        given = entry.get("precision")
+        metric = given.get("metric") if isinstance(given, dict) else None
+        if config is not None and isinstance(metric, str) and metric not in config.metrics:
+            text = unknown("metric of this config", metric, config.metrics)
+            found.append((("experiments", name, "precision", "metric"), text))
+    return found
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -10,15 +10,16 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from interventions import kinds as _kinds  # noqa: F401  (registers every kind)
 from interventions.base import KINDS, Indexes, Intervention, index_fields
 from interventions.kinds.patch import Patch
 from interventions.screen import NotScreenableError, require_screenable
 from interventions.sites import Geometry, NoSuchSiteError
+from pipeline.precision import Precision
 from pipeline.screening import Screen
 from pipeline.wording import LONGEST, shown
 from pipeline.yaml_source import Loc
@@ -44,6 +45,7 @@ class Experiment:
     fixed : field values equal for all cells.
     axes : swept fields with their values, in array order; a string is an open range along a coordinate.
     screen : how its cells are screened, None if every cell is computed.
+    precision : until when a cell is computed for more samples, None for all of them.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Experiment:
     fixed: tuple[tuple[str, Any], ...]
     axes: tuple[tuple[str, tuple[Any, ...] | str], ...]
     screen: Screen | None = None
+    precision: Precision | None = None
 
     @property
     def cls(self) -> type[Intervention]:
@@ -185,8 +188,9 @@ def parse(name: str, raw: Any) -> Experiment:
     fixed: dict[str, Any] = {}
     axes: dict[str, tuple[Any, ...] | str] = {}
     screen = _screen(raw["screen"], kind, (*where, "screen"), problems) if raw.get("screen") is not None else None
+    precision = _precision(raw, (*where, "precision"), problems) if raw.get("precision") is not None else None
     for field, value in raw.items():
-        if field in ("kind", "screen"):
+        if field in ("kind", "screen", "precision"):
             continue
         if field not in cls.model_fields:
             problems.append(((*where, field), unknown("key", field, [f for f in cls.model_fields if f != "kind"])))
@@ -209,7 +213,9 @@ def parse(name: str, raw: Any) -> Experiment:
     # The order of the kind's fields, not of the file: two files with one hash must lay out one array.
     order = [*AXIS_ORDER, *(f for f in cls.model_fields if f not in AXIS_ORDER)]
     ordered = sorted(axes.items(), key=lambda item: order.index(item[0]))
-    return Experiment(name=name, kind=kind, fixed=tuple(fixed.items()), axes=tuple(ordered), screen=screen)
+    return Experiment(
+        name=name, kind=kind, fixed=tuple(fixed.items()), axes=tuple(ordered), screen=screen, precision=precision
+    )
 
 
 def _screen(raw: Any, kind: str, loc: Loc, problems: list[Problem]) -> Screen | None:
@@ -224,12 +230,33 @@ def _screen(raw: Any, kind: str, loc: Loc, problems: list[Problem]) -> Screen | 
         return None
     if isinstance(raw.get("metric"), str) and raw["metric"] not in OBJECTIVES:
         problems.append(((*loc, "metric"), unknown("differentiable metric", raw["metric"], OBJECTIVES)))
+    return _settings(Screen, raw, loc, problems)
+
+
+def _precision(raw: dict[str, Any], loc: Loc, problems: list[Problem]) -> Precision | None:
+    given, cls = raw["precision"], KINDS[raw["kind"]]
+    if not isinstance(given, dict):
+        problems.append((loc, f"expected a mapping such as {{half_width: 0.05, metric: NAME}}, got {shown(given)}"))
+        return None
+    if raw.get("screen") is not None:
+        problems.append(
+            (loc, "an experiment is screened or computed to a precision, not both; make it two experiments")
+        )
+    if given.get("by") == "recovery" and not cls.contrast:
+        problems.append(((*loc, "by"), f"cells of kind {raw['kind']} have no recovery; use difference"))
+    return _settings(Precision, given, loc, problems)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _settings(model: type[S], raw: dict[str, Any], loc: Loc, problems: list[Problem]) -> S | None:
     try:
-        return Screen.model_validate_json(json.dumps(raw), strict=True)
+        return model.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         for item in error.errors():
             if item["type"] == "extra_forbidden":
-                text = unknown("key", item["loc"][-1], Screen.model_fields)
+                text = unknown("key", item["loc"][-1], model.model_fields)
             else:
                 text = item["msg"] if item["type"] == "missing" else f"{item['msg']}, got {shown(item['input'])}"
             problems.append(((*loc, *item["loc"]), text))

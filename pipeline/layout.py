@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,11 +57,13 @@ class Windows:
 class Layout:
     """The units of a sweep: all of a sample together, so that its recorded runs are reused.
 
-    A baseline unit screens as well, and the units that verify cells come after all others.
+    A baseline unit screens as well, and the units that verify cells come after all others. ``cuts`` are the numbers of
+    samples after which some experiment is looked at before it goes on.
     """
 
     samples: int
     groups: tuple[Windows, ...]
+    cuts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.samples * (self._first + self._second)
@@ -77,6 +80,13 @@ class Layout:
     def verifying(self) -> range:
         """Numbers of the units that compute chosen cells."""
         return range(self.samples * self._first, len(self))
+
+    @property
+    def phases(self) -> tuple[range, ...]:
+        """Numbers of the units that run together, each range once all before it have run."""
+        ends = [*sorted({cut for cut in self.cuts if 0 < cut < self.samples}), self.samples]
+        rounds = [range(a * self._first, b * self._first) for a, b in itertools.pairwise([0, *ends])]
+        return (*rounds, self.verifying)
 
     def group_units(self, group: str) -> int:
         """Return the units of a group, over all samples."""

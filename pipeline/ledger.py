@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.layout import BASELINE, Unit
 from pipeline.plan import Plan
+from pipeline.rounds import OpenCells, count_window
 from pipeline.store import DONE, FAILED, PENDING, Journal, Lease, Store, ends
 
 FLUSH_SECONDS = 2.0
@@ -26,6 +28,7 @@ class Ledger:
 
     def __init__(self, store: Store, plan: Plan, journal: Journal, lease: Lease) -> None:
         self._store, self._plan, self._journal, self._lease = store, plan, journal, lease
+        self.open_cells = OpenCells(plan, store)
         self._groups = (BASELINE, *plan.by_name)
         self._status: dict[str, NDArray[np.uint8]] = {g: store.status(g) for g in self._groups}
         self._failed: dict[str, NDArray[np.int32]] = {g: np.zeros(len(s), np.int32) for g, s in self._status.items()}
@@ -58,13 +61,28 @@ class Ledger:
         for group, status in self._status.items():
             windows = self._plan.layout.windows(group)
             # Units of a group lie sample by sample, so a column is one window of all samples.
-            waiting = (status != DONE).reshape(-1, windows.count).sum(axis=0).tolist()
+            of_samples = (status != DONE).reshape(-1, windows.count)
+            waiting = of_samples.sum(axis=0).tolist()
             units += sum(waiting)
-            cells += sum(n * self._cells(group, *windows.bounds(w)) for w, n in enumerate(waiting) if n)
+            if group in self._plan.rounds:
+                cells += self._cells_in_rounds(group, of_samples)
+            else:
+                cells += sum(n * self._cells(group, *windows.bounds(w)) for w, n in enumerate(waiting) if n)
         return units, cells
+
+    def _cells_in_rounds(self, group: str, waiting: NDArray[np.bool_]) -> int:
+        """Count the cells of waiting units, (samples, windows), that a round computes or may compute."""
+        windows, ends, cells = self._plan.layout.windows(group), self._plan.rounds[group].samples, 0
+        for round_, (start, stop) in enumerate(itertools.pairwise([0, *ends])):
+            open_ = self.open_cells.latest(group, round_)
+            counts = waiting[start:stop].sum(axis=0).tolist()
+            cells += sum(n * count_window(open_, *windows.bounds(w)) for w, n in enumerate(counts) if n)
+        return cells
 
     def cells(self, unit: Unit) -> int:
         """Return the number of cells that a unit computes, expected if they are yet to be chosen."""
+        if unit.group in self._plan.rounds:
+            return self.open_cells.count(unit)
         return self._cells(unit.group, unit.start, unit.stop)
 
     def done(self, unit: Unit, failed: int) -> None:

@@ -22,6 +22,7 @@ from pipeline.layout import Unit as Unit
 from pipeline.metrics.metric import METRICS, Metric
 from pipeline.models import ModelError, ModelInfo, describe
 from pipeline.permissions import NOTHING, Permissions
+from pipeline.precision import NoRoundsError, Rounds
 from pipeline.problems import Problems
 from pipeline.samples import Sample
 from pipeline.tasks.task import Task
@@ -40,6 +41,7 @@ class Cost:
     ----------
     cells, units : counts over all samples. estimates : cells of screened experiments, all of which get an estimate.
     row_forwards : denoiser forwards of one row each; with a screened experiment as if its cells lay evenly.
+    least_cells, least_row_forwards : the same if every cell of a precise experiment stops at the first look.
     naive_row_forwards : the same for one full run a cell. bytes : uncompressed size of the results.
     """
 
@@ -49,6 +51,8 @@ class Cost:
     naive_row_forwards: int
     bytes: int
     estimates: int = 0
+    least_cells: int = 0
+    least_row_forwards: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Plan:
             )
             for grid in self.grids
         )
-        return Layout(len(self.samples), groups)
+        return Layout(len(self.samples), groups, tuple(cut for r in self.rounds.values() for cut in r.samples))
 
     def group_units(self, group: str) -> int:
         """Return the length of a group's ``status``."""
@@ -116,6 +120,12 @@ class Plan:
     def screened(self) -> list[Grid]:
         """Grids whose cells are screened, then partly verified."""
         return [grid for grid in self.grids if grid.experiment.screen is not None]
+
+    @cached_property
+    def rounds(self) -> dict[str, Rounds]:
+        """The rounds of every experiment that is computed to a precision."""
+        settings = {grid.experiment.name: grid.experiment.precision for grid in self.grids}
+        return {name: Rounds.of(given, self.samples) for name, given in settings.items() if given is not None}
 
     def verifies(self, unit: Unit) -> bool:
         """Whether a unit computes chosen cells of a screened grid."""
@@ -180,10 +190,13 @@ class Plan:
             # A sample is recorded a second time, for its cells to be verified.
             forwards += 2 * self.geometry.steps * branches
         estimates = sum(grid.cells for grid in self.screened)
+        saved = {name: n - rounds.samples[0] for name, rounds in self.rounds.items()}
         return Cost(
             cells=cells * n,
             units=len(self.layout),
             row_forwards=forwards * n,
+            least_cells=cells * n - sum(k * self.by_name[name].cells for name, k in saved.items()),
+            least_row_forwards=forwards * n - sum(k * sum(self._window_forwards[name]) for name, k in saved.items()),
             naive_row_forwards=(stored + 2) * n * self.geometry.steps * branches,
             bytes=4 * n * (len(self.metrics) * (stored + 2 * (self.geometry.steps + 1)) + estimates)
             + self._preview_bytes(),
@@ -286,7 +299,7 @@ def make_plan(
     patched = _patched(config, geometry, problems)
     samples = task.samples() if not checked else []
     for grid in grids if not checked else ():
-        problems += _unreadable(grid, samples)
+        problems += _unreadable(grid, samples) + _roundless(grid.experiment, samples)
     problems += [
         (("previews", "samples", i), f"sample {s} does not exist; there are samples 0 to {count - 1}")
         for i, s in enumerate(config.previews.samples)
@@ -346,6 +359,16 @@ def _unreadable(grid: Grid, samples: Sequence[Sample]) -> list[Problem]:
     return []
 
 
+def _roundless(experiment: Experiment, samples: Sequence[Sample]) -> list[Problem]:
+    """Return why an experiment cannot be computed in rounds."""
+    if experiment.precision is not None:
+        try:
+            Rounds.of(experiment.precision, samples)
+        except NoRoundsError as error:
+            return [(("experiments", experiment.name, "precision"), str(error))]
+    return []
+
+
 def _prompts_differ(cell: Intervention, ref: RunRef, samples: Sequence[Sample], problems: Problems) -> bool:
     def text(sample: Sample, run: RunName) -> str:
         return sample.clean_prompt if run == "clean" else sample.corrupted_prompt
@@ -368,6 +391,8 @@ def _patched(config: SweepConfig, geometry: Geometry, problems: list[Problem]) -
         return None
     if experiment.screen is not None:
         problems.append((("previews", "patched", "screen"), "a preview is computed, not screened"))
+    if experiment.precision is not None:
+        problems.append((("previews", "patched", "precision"), "a preview is one run, which has no precision"))
     if grid.cells != 1:
         problems.append((("previews", "patched"), f"describes {grid.cells} interventions; give exactly one"))
         return None

@@ -234,7 +234,8 @@ class Replica:
 
     def _cells(self, unit: Unit) -> Receipt:
         rows = self.plan.interventions(unit)
-        chosen = self._chosen(unit) if self.plan.verifies(unit) else np.ones(len(rows), dtype=np.bool_)
+        chosen = self._chosen(unit)
+        chosen = np.ones(len(rows), dtype=np.bool_) if chosen is None else chosen
         values = self.computer.cells(unit, chosen)
         digest = digest_of({f"{unit.group}/{name}": value for name, value in values.items()})
         written = self.store.write_cells(unit.group, values, unit.sample, unit.start, unit.stop)
@@ -248,11 +249,20 @@ class Replica:
             seconds=0.0,
         )
 
-    def _chosen(self, unit: Unit) -> NDArray[np.bool_]:
-        chosen = self.store.chosen(unit.group, unit.start, unit.stop)
-        if chosen is None:
-            raise StoreError(f"the cells of {unit.group} to verify are not chosen yet. Screen every sample first.")
-        return chosen
+    def _chosen(self, unit: Unit) -> NDArray[np.bool_] | None:
+        """Return which cells of a unit are computed; None if all of them are, whatever happens."""
+        if self.plan.verifies(unit):
+            chosen = self.store.chosen(unit.group, unit.start, unit.stop)
+            if chosen is None:
+                raise StoreError(f"the cells of {unit.group} to verify are not chosen yet. Screen every sample first.")
+            return chosen
+        round_ = self.plan.rounds[unit.group].round_of(unit.sample) if unit.group in self.plan.rounds else 0
+        if not round_:
+            return None
+        stopped = self.store.stopped(unit.group, round_ - 1, unit.start, unit.stop)
+        if stopped is None:
+            raise StoreError(f"round {round_ + 1} of {unit.group} has not begun. Compute the rounds before it first.")
+        return ~stopped.ravel()
 
 
 def _hardware(pipe: Any) -> str:

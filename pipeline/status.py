@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from interventions.sites import RUNS
 from pipeline.causes import Cause, clean
 from pipeline.permissions import array_name
 from pipeline.plan import BASELINE
+from pipeline.precision import HAS_STOPPED, LOOK_SAMPLES, NOT_LOOKED, STOPPED
 from pipeline.screening import EXACT, OPEN, VERIFIED, Screen
 from pipeline.store import DONE, FAILED, PENDING, Place, Store, StoreError, open_store
 from pipeline.tail import Files, JournalReader, LocalFiles, Offset, ZarrFiles
@@ -225,17 +227,20 @@ def merge_status(stored: NDArray[np.uint8], told: NDArray[np.uint8]) -> NDArray[
 def unit_cells(store: Store, group: str) -> tuple[NDArray[np.int64], bool]:
     """Return the cells of the units of one sample, from the shapes and chunks of the arrays and what was chosen.
 
-    A group in which no array tells has one cell a unit.
+    A group in which no array tells has one cell a unit. Of an experiment in rounds, the cells of all of its units.
 
     Returns
     -------
-    The cells, and whether that is final; of a screened group it is only expected until the cells are chosen.
+    The cells, and whether that is final; of a screened group it is only expected until the cells are chosen, and of one
+    in rounds it is the most until the last look.
     """
     if group == BASELINE:
         return np.array([len(RUNS)]), True
     arrays: Any = store.root[group]
     metrics = json.loads(str(store.root.attrs["config_json"])).get("metrics", [])
     array = next((arrays[name] for name in map(array_name, metrics) if name in arrays), None)
+    if array is not None and STOPPED in arrays:
+        return _cells_in_rounds(arrays, array)
     if array is None or array.ndim < 2:
         return np.array([1]), True
     starts = range(0, array.shape[1], array.chunks[1])
@@ -249,6 +254,22 @@ def unit_cells(store: Store, group: str) -> tuple[NDArray[np.int64], bool]:
     settings = {k: v for k, v in json.loads(arrays.attrs["screen"]).items() if k in Screen.model_fields}
     share = Screen(**settings).verified_cells(chosen.size) / chosen.size
     return np.maximum(1, np.round(cells * share)).astype(np.int64), False
+
+
+def _cells_in_rounds(arrays: Any, array: Any) -> tuple[NDArray[np.int64], bool]:
+    stopped = np.asarray(arrays[STOPPED][...])
+    # Sorted and cut to size, as a store may come from anywhere.
+    ends = np.clip(np.sort(np.asarray(arrays[LOOK_SAMPLES][...])), 0, array.shape[0]).tolist()
+    made = [not (look == NOT_LOOKED).any() for look in stopped]
+    width = array.chunks[1] if stopped.ndim > 1 else 1
+    starts = range(0, stopped.shape[1], width) if stopped.ndim > 1 else range(1)
+    open_, found = np.ones(stopped.shape[1:], dtype=np.bool_), []
+    for round_, (start, stop) in enumerate(pairwise([0, *ends[: len(stopped)], array.shape[0]])):
+        if round_ and made[round_ - 1]:
+            open_ = stopped[round_ - 1] != HAS_STOPPED
+        counts = [int(open_[s : s + width].sum() if open_.ndim else open_) for s in starts]
+        found.append(np.tile(np.array(counts, dtype=np.int64), stop - start))
+    return np.concatenate(found), all(made)
 
 
 def count_group(name: str, status: NDArray[np.uint8], cells: NDArray[np.int64]) -> GroupStatus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pipeline.layout import BASELINE, Unit
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.redaction import redact
+from pipeline.rounds import make_look, skipped
 from pipeline.screening import mean_over_samples, select
 from pipeline.stopping import Stopping
 from pipeline.store import (
@@ -130,6 +132,7 @@ class _Drive:
     Attributes
     ----------
     lost : replicas that died, maybe in the middle of a write.
+    held : experiments whose next round waits for a unit that raised.
     """
 
     def __init__(
@@ -142,13 +145,15 @@ class _Drive:
         observe: Observer | None,
     ) -> None:
         self.result, self.lost = SweepResult(), 0
+        self.held: set[str] = set()
+        self._raised: Counter[str] = Counter()
         self._plan, self._store, self._ledger, self._journal = plan, store, ledger, journal
         self._stopping, self._observe = stopping, observe
 
     def all(self, executor: Executor) -> None:
-        """Run what is pending: first what screens, then what verifies, as every sample is screened before."""
+        """Run what is pending: round by round, then what verifies, as every sample is screened before."""
         try:
-            for numbers in (self._plan.layout.screening, self._plan.layout.verifying):
+            for numbers in self._plan.layout.phases:
                 if self._may_start(numbers):
                     self._some(executor, numbers)
             self._ledger.flush(force=True)
@@ -162,8 +167,8 @@ class _Drive:
 
     def _some(self, executor: Executor, numbers: range) -> None:
         units = (
-            WorkUnit(id=unit.id, locality=unit.sample, payload=unit, weight=self._plan.unit_forwards(unit))
-            for unit in self._ledger.pending(numbers)
+            WorkUnit(id=unit.id, locality=unit.sample, payload=unit, weight=self._weight(unit))
+            for unit in self.due(numbers)
         )
         try:
             finished = executor.run(units, self._on_event, self._stop)
@@ -177,17 +182,59 @@ class _Drive:
         self._ledger.flush()
         return self._stopping()
 
+    def due(self, numbers: range) -> Iterator[Unit]:
+        """Yield the units of some numbers that have to run and may."""
+        return (unit for unit in self._ledger.pending(numbers) if unit.group not in self.held)
+
+    def _weight(self, unit: Unit) -> float:
+        weight = self._plan.unit_forwards(unit)
+        if unit.group not in self._plan.rounds:
+            return weight
+        return weight * self._ledger.cells(unit) / self._plan.unit_cells(unit)
+
     def _may_start(self, numbers: range) -> bool:
-        """Whether these units can run now; before the first that verify, the cells are chosen from what is stored."""
+        """Whether these units can run now; before that, cells are chosen or stopped from what is stored."""
         if self.result.interrupted or next(self._ledger.pending(numbers), None) is None:
             return False
-        return numbers == self._plan.layout.screening or all(self._choose(name) for name in self._screened())
+        if numbers == self._plan.layout.verifying:
+            return all(self._choose(name) for name in self._screened())
+        sample = self._plan.layout.unit(numbers.start).sample
+        for name, rounds in self._plan.rounds.items():
+            self._look_until(name, rounds.round_of(sample))
+        if self._plan.rounds:
+            self._skip(numbers)
+        return next(self.due(numbers), None) is not None
 
     def choose_again(self) -> None:
         """Choose what is open, if every unit that it is chosen from is done."""
+        for name, rounds in self._plan.rounds.items():
+            self._look_until(name, rounds.looks - 1)
         if next(self._ledger.pending(self._plan.layout.verifying), None) is None:
             for name in self._screened():
                 self._choose(name)
+
+    def _look_until(self, name: str, round_: int) -> None:
+        """Make the looks before a round of an experiment, unless they are made; hold it if that is not possible yet."""
+        for look in range(round_):
+            if name in self.held or self._store.stopped(name, look) is not None:
+                continue
+            if raised := self._raised[BASELINE] + self._raised[name]:
+                # Without them, which cells stop would depend on what happened to fail.
+                self.held.add(name)
+                self.result.errors.append(f"{name}: round {look + 2} begins once {raised} more units are computed")
+                continue
+            # Nobody but the holder of the lease may look.
+            self._ledger.flush(force=True)
+            make_look(self._plan, self._store, name, look)
+
+    def _skip(self, numbers: range) -> None:
+        """Mark units as done whose cells have all stopped: nothing is computed and nothing stored."""
+        for unit in self.due(numbers):
+            if unit.group in self._plan.rounds and not self._ledger.cells(unit):
+                self._journal.append(unit=unit.id, group=unit.group, index=unit.index, skipped=True, cells=0, failed=0)
+                self._ledger.done(unit, 0)
+                if self._observe is not None:
+                    self._observe(skipped(unit), unit)
 
     def _screened(self) -> Iterator[str]:
         return (grid.experiment.name for grid in self._plan.screened)
@@ -241,6 +288,7 @@ class _Drive:
         )
         self._ledger.failed(unit)
         self.result.unscreened += unit.group == BASELINE
+        self._raised[unit.group] += 1
         if len(self.result.errors) < ERRORS_KEPT:
             self.result.errors.append(f"unit {unit.id} ({unit.group}, sample {unit.sample}): {event.error}")
 

@@ -158,6 +158,9 @@ class Tally:
         where = f"{entry['group']} {index}"
         if entry.get("unset"):
             self._settle(group, index, PENDING)
+        elif entry.get("skipped"):
+            # No replica took any time for it.
+            self._settle(group, index, DONE)
         elif entry.get("error"):
             self._settle(group, index, FAILED, self.causes.number(str(entry["error"]), where, time))
         else:

@@ -109,7 +109,8 @@ class Telemetry:
         self.cells_failed.labels(group).inc(receipt.failed)
         self.bytes_written.labels(group).inc(receipt.bytes)
         self.row_forwards.labels(group).inc(receipt.row_forwards)
-        self.unit_seconds.labels(group).observe(event.seconds)
+        if receipt.cells:
+            self.unit_seconds.labels(group).observe(event.seconds)
         if receipt.gpu_bytes > self._peaks.get(event.replica, 0):
             self._peaks[event.replica] = receipt.gpu_bytes
             self.gpu_peak.labels(str(event.replica)).set(receipt.gpu_bytes)

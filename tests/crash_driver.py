@@ -71,7 +71,7 @@ class Driver:
         except Exception:
             self.leave()
             raise
-        self._phases = [world.plan.layout.screening, world.plan.layout.verifying]
+        self._phases = [*world.plan.layout.phases]
         self._queue: Iterator[Unit] | None = None
         self._again: list[tuple[Unit, int]] = []
 
@@ -140,7 +140,7 @@ class Driver:
         """Return the next unit and the number of its attempt, as ``_Drive.all`` and a pool would."""
         while self._phases:
             if self._queue is None and self.drive._may_start(self._phases[0]):
-                self._queue = self.ledger.pending(self._phases[0])
+                self._queue = self.drive.due(self._phases[0])
             if self._queue is not None and (unit := next(self._queue, None)) is not None:
                 return unit, 1
             if self._again:

@@ -6,6 +6,7 @@ milliseconds a unit. It can be told to die, raise or return NaN at the attempts 
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import os
@@ -59,7 +60,8 @@ class Shapes:
     Attributes
     ----------
     cells : shape of an experiment's grid. baseline : shape of one sample of each array of the baseline.
-    screened : experiments that have estimates. previews : position of each sample that has one. preview : its shape.
+    screened : experiments that have estimates. rounds : where the rounds of experiments end, in samples.
+    previews : position of each sample that has one. preview : its shape.
     """
 
     config_hash: str
@@ -67,6 +69,7 @@ class Shapes:
     cells: Mapping[str, tuple[int, ...]]
     baseline: Mapping[str, tuple[int, ...]]
     screened: tuple[str, ...] = ()
+    rounds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     previews: Mapping[int, int] = field(default_factory=dict)
     preview: tuple[int, ...] = ()
 
@@ -81,6 +84,7 @@ def shapes_of(plan: Plan) -> Shapes:
         cells={name: tuple(grid.shape) for name, grid in plan.by_name.items()},
         baseline={**dict.fromkeys(metrics, (2,)), **{f"{name}_by_step": (2, steps) for name in metrics}},
         screened=tuple(grid.experiment.name for grid in plan.screened),
+        rounds={name: rounds.samples for name, rounds in plan.rounds.items()},
         previews={sample: position for position, sample in enumerate(plan.config.previews.samples)},
         preview=(3, steps, frames, *plan.task.preview_size(), 3),
     )
@@ -231,6 +235,11 @@ class SyntheticReplica:
         return writes, {"cells": cells, "failed": int(spoiled and cells > 0)}
 
     def _chosen(self, unit: Unit) -> NDArray[np.bool_] | None:
+        if round_ := bisect.bisect_right(self.shapes.rounds.get(unit.group, ()), unit.sample):
+            stopped = self.store.stopped(unit.group, round_ - 1, unit.start, unit.stop)
+            if stopped is None:
+                raise ValueError(f"round {round_ + 1} of {unit.group} has not begun.")
+            return ~stopped.ravel()
         if unit.group not in self.shapes.screened:
             return None
         chosen = self.store.chosen(unit.group, unit.start, unit.stop)

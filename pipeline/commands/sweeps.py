@@ -32,7 +32,7 @@ from pipeline.permissions import NOTHING, Permissions
 
 if TYPE_CHECKING:
     from pipeline.observers import Observer
-    from pipeline.plan import Plan
+    from pipeline.plan import Cost, Plan
     from pipeline.store import Location
 
 
@@ -109,6 +109,7 @@ def plan(
         "row_forwards": cost.row_forwards,
         "row_forwards_naive": cost.naive_row_forwards,
         "bytes": cost.bytes,
+        **_least(planned, cost),
         "store": str(place),
         "experiments": {g.experiment.name: dict(zip(g.dims, g.shape, strict=True)) for g in planned.grids},
     }
@@ -121,6 +122,8 @@ def plan(
     if as_json:
         print(json.dumps(facts, indent=2))
         return OK
+    for name, problems in facts.pop("looks", {}).items():
+        facts[f"looks {name}"] = f"after {', '.join(map(str, problems[:-1]))} of {problems[-1]} problems"
     for name, shape in facts.pop("experiments").items():
         print(f"{name:>20}  {' x '.join(f'{d} {n}' for d, n in shape.items()) or 'one cell'}")
     for key, value in facts.items():
@@ -130,6 +133,17 @@ def plan(
             else f"{key.replace('_', ' '):>20}  {value}"
         )
     return OK
+
+
+def _least(planned: Plan, cost: Cost) -> dict[str, Any]:
+    """Return what is left if every cell of the experiments in rounds stops at its first look; else all of it is."""
+    if not planned.rounds:
+        return {}
+    return {
+        "cells_least": cost.least_cells,
+        "row_forwards_least": cost.least_row_forwards,
+        "looks": {name: list(rounds.problems) for name, rounds in planned.rounds.items()},
+    }
 
 
 def bind(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from pipeline.effects.state import GroupedMoments, Key
+from pipeline.precision import HAS_STOPPED, LOOK_SAMPLES, STOPPED
 from pipeline.screening import ESTIMATE, EXACT, VERIFIED
 from pipeline.store import DONE as DONE
 from pipeline.store import FAILED as FAILED
@@ -166,11 +168,18 @@ class Experiment:
         return "screen" in self.dataset.attrs
 
     @property
-    def verified(self) -> NDArray[np.bool_]:
-        """Which cells are computed, shaped as the axes."""
-        if not self.screened:
-            return np.ones([self.dataset.sizes[a] for a in self.axes], dtype=np.bool_)
-        return np.asarray(self.dataset[EXACT].values == VERIFIED)
+    def computed(self) -> NDArray[np.bool_]:
+        """Which cells are computed: shaped as the axes, or as (sample, axes) where cells may stop."""
+        if self.screened:
+            return np.asarray(self.dataset[EXACT].values == VERIFIED)
+        shape = [self.dataset.sizes[a] for a in self.axes]
+        if STOPPED not in self.dataset:
+            return np.ones(shape, dtype=np.bool_)
+        ends = [int(n) for n in self.dataset[LOOK_SAMPLES].values] + [self.dataset.sizes["sample"]]
+        found = np.ones((ends[-1], *shape), dtype=np.bool_)
+        for look, (start, stop) in enumerate(pairwise(ends)):
+            found[start:stop] = self.dataset[STOPPED].values[look] != HAS_STOPPED
+        return found
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -252,7 +261,7 @@ class Experiment:
             "clean": clean,
             "corrupted": corrupted,
             "reference": self.reference(clean, corrupted),
-            "due": due & self.verified,
+            "due": due & self.computed,
         }
 
     def _sample_positions(self, total: int) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from dask.base import compute
 from dask.delayed import delayed
 from numpy.typing import NDArray
 
+from pipeline.effects import sequential
 from pipeline.effects.agreement import ATTRIBUTE, agreement
 from pipeline.effects.experiment import (
     DONE,
@@ -159,6 +160,8 @@ def estimate(
     for metric, state in states.items():
         variables |= _metric_variables(experiment, metric, state, recorded, settings)
     attrs = {k: v for k, v in experiment.dataset.attrs.items() if not k.startswith("_")} | settings.attrs()
+    if (looks := sequential.looks_of(experiment.dataset.attrs)) is not None:
+        attrs |= sequential.describe(settings.unit, settings.level, looks)
     attrs |= _counts(experiment, recorded, unpaired)
     if experiment.screened:
         variables |= _screening(experiment, recorded, chunk_samples)
@@ -171,13 +174,14 @@ def _metric_variables(
 ) -> dict[str, xr.Variable]:
     shape = tuple(experiment.dataset.sizes[a] for a in experiment.axes)
     maps: dict[str, list[NDArray[Any]]] = {}
+    looks, dims = sequential.looks_of(experiment.dataset.attrs), ("pair", *experiment.axes)
     for pair in _pair_names(recorded):
         failed = np.sum([c for p, c in state.failed.items() if pair in (ALL_PAIRS, p)], axis=0, dtype=np.int64)
-        found = _estimate_pair(state, pair, settings) | {"failed": failed}
+        found = _estimate_pair(state, pair, settings, looks) | {"failed": failed}
         for name, values in found.items():
             maps.setdefault(name, []).append(values.reshape(shape))
     variables = {
-        f"{metric}_{name}": xr.Variable(("pair", *experiment.axes), np.stack(values), _describe(metric, name, settings))
+        f"{metric}_{name}": xr.Variable(dims, np.stack(values), _describe(metric, name, settings, looks))
         for name, values in maps.items()
     }
     for name, values in _run_means(experiment, metric, recorded, settings).items():
@@ -205,8 +209,8 @@ def _screening(experiment: Experiment, recorded: Recorded, chunk_samples: int) -
     }
 
 
-def _estimate_pair(state: CellStates, pair: str, settings: Settings) -> dict[str, NDArray[Any]]:
-    """Estimate all cells of one pair kind, in blocks of cells."""
+def _estimate_pair(state: CellStates, pair: str, settings: Settings, looks: int | None) -> dict[str, NDArray[Any]]:
+    """Estimate all cells of one pair kind, in blocks of cells; in a way that holds at every look, if there are some."""
 
     def of_pair(key: Key) -> Key | None:
         return (key[1],) if pair in (ALL_PAIRS, key[0]) else None
@@ -217,6 +221,10 @@ def _estimate_pair(state: CellStates, pair: str, settings: Settings) -> dict[str
     difference = unit_means(state.difference)
     assert difference is not None
     numerator, denominator = unit_means(state.numerator), unit_means(state.denominator)
+    if looks is not None:
+        found = sequential.estimate(difference, numerator, denominator, level=settings.level, looks=looks)
+        p = found.pop("p")
+        return found | {"p_fdr": benjamini_hochberg(p), "p_fwer": sequential.holm(p)}
     counts = resample_counts(len(difference), replicates=settings.replicates, seed=settings.seed)
     parts = [
         delayed(_estimate_block)(
@@ -302,7 +310,7 @@ _TEXTS = {
     "difference": "difference of {m} from the recipient run: {difference}",
     "recovery": "recovery of {m} between corrupted (0) and clean (1): {recovery}",
     "p_fdr": "FDR-adjusted p-value of the difference of {m}",
-    "p_fwer": "family-wise (max-T) adjusted p-value of the difference of {m}",
+    "p_fwer": "family-wise ({adjusted}) adjusted p-value of the difference of {m}",
     "n": "{unit}s with a finite difference of {m}",
     "failed": "cells (one intervention on one sample) that were due and have no finite {m}",
     "clean": "mean {m} of the clean run",
@@ -311,12 +319,13 @@ _TEXTS = {
 }
 
 
-def _describe(metric: str, name: str, settings: Settings) -> dict[str, str]:
+def _describe(metric: str, name: str, settings: Settings, looks: int | None = None) -> dict[str, str]:
     base, _, bound = name.rpartition("_")
     base = base if bound in ("low", "high") else name
     prefix = f"{bound}er bound of the " if bound == "low" else "upper bound of the " if bound == "high" else ""
     suffix = f" ({settings.level:.0%} interval)" if prefix else ""
-    text = _TEXTS[base].format(m=metric, unit=settings.unit, **ESTIMANDS)
+    adjusted = "max-T" if looks is None else "Holm"
+    text = _TEXTS[base].format(m=metric, unit=settings.unit, adjusted=adjusted, **ESTIMANDS)
     return {"long_name": f"{prefix}{text.split(':')[0]}{suffix}", "units": "1", "description": prefix + text}
 
 

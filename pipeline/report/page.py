@@ -227,23 +227,19 @@ def _definitions(sweep: Sweep) -> str:
     rows = [(sweep.long_name(m), sweep.description(m) or "The store records no definition.") for m in sweep.metrics]
     method: dict[str, str] = {}
     for effects in sweep.effects.values():
-        for key in (
-            "sign_convention",
-            "experimental_unit",
-            "method_interval",
-            "method_p_fwer",
-            "method_p_fdr",
-            "caveat",
-        ):
+        labels = {
+            "sign_convention": "sign",
+            "experimental_unit": "experimental unit",
+            "method_interval": "interval",
+            "method_p_fwer": f"p ({tables.adjustment(effects)})",
+            "method_p_fdr": "p (FDR)",
+            "caveat": "caveat",
+        }
+        for key, label in labels.items():
+            own = ", experiments in rounds" if "looks" in effects.attrs and key.startswith(("method", "caveat")) else ""
             if key in effects.attrs:
-                method.setdefault(key, str(effects.attrs[key]))
-    labels = {
-        "method_interval": "interval",
-        "method_p_fwer": "p (max-T)",
-        "method_p_fdr": "p (FDR)",
-        "sign_convention": "sign",
-    }
-    rows += [*ESTIMANDS.items(), *((labels.get(k, k.replace("_", " ")), v) for k, v in method.items())]
+                method.setdefault(label + own, str(effects.attrs[key]))
+    rows += [*ESTIMANDS.items(), *method.items()]
     items = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in rows)
     return f'<h2 id="definitions">Definitions</h2><dl>{items}</dl>'
 

@@ -141,12 +141,19 @@ def fine_print(sweep: Sweep, name: str, metric: str) -> str:
     few = [p for p in names if effects[f"{metric}_n"].sel(pair=p).max() < FEWEST]
     where = "" if len(few) == len(names) else f": {', '.join(map(pair_label, few))}"
     note = f" With fewer than {FEWEST} {unit}s no cell can be significant{where}." if few else ""
+    drawn = f", {effects.attrs.get('replicates', '?')} replicates" if "looks" not in effects.attrs else ""
+    seed = f", seed {effects.attrs.get('seed', '?')}" if drawn else ""
     return (
         f"n = {n} {unit if n == '1' else unit + 's'} per cell (seeds of a {unit} averaged first); "
-        f"{effects.attrs.get('method_interval', '')}, {effects.attrs.get('replicates', '?')} replicates, "
-        f"level {effects.attrs.get('level', '?')}, seed {effects.attrs.get('seed', '?')}. "
+        f"{effects.attrs.get('method_interval', '')}{drawn}, "
+        f"level {effects.attrs.get('level', '?')}{seed}. "
         f"The strongest of many cells overstates its own effect; trust its interval less.{note}"
     )
+
+
+def adjustment(effects: xr.Dataset) -> str:
+    """Name how family-wise p-values were adjusted."""
+    return "Holm" if "looks" in effects.attrs else "max-T"
 
 
 def strongest_cells(sweep: Sweep, name: str, metric: str) -> str:
@@ -162,7 +169,13 @@ def strongest_cells(sweep: Sweep, name: str, metric: str) -> str:
         ]
         for row in strongest(effects, metric, STRONGEST)
     ]
-    head = ["cell", *(f"{e} of {sweep.long_name(metric)}" for e in estimands), "p (max-T)", "p (FDR)", "n"]
+    head = [
+        "cell",
+        *(f"{e} of {sweep.long_name(metric)}" for e in estimands),
+        f"p ({adjustment(effects)})",
+        "p (FDR)",
+        "n",
+    ]
     return _table(head, rows, numeric=1)
 
 

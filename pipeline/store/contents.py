@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -11,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan import BASELINE
+from pipeline.precision import LOOK_SAMPLES, STOPPED
 from pipeline.screening import DRAWN, ESTIMATE, EXACT
 from pipeline.store.errors import CorruptedError, reading
 from pipeline.store.location import Location
@@ -82,6 +85,53 @@ class Contents:
         return [group for group in self.groups if f"{group}/{ESTIMATE}" in self.arrays]
 
     @cached_property
+    def in_rounds(self) -> dict[str, list[int]]:
+        """Groups whose cells may stop, with the samples before each look.
+
+        Raises
+        ------
+        CorruptedError : a coordinate cannot be read.
+        """
+        found = {}
+        for group in [group for group in self.groups if f"{group}/{STOPPED}" in self.arrays]:
+            with reading(self.store.location, f"{group}/{LOOK_SAMPLES}"):
+                ends = np.sort(np.asarray(self.store.array(f"{group}/{LOOK_SAMPLES}")[...]))
+            # Cut to size, as a store may come from anywhere.
+            most = self.store.array(f"{group}/status").shape[0] // self.windows(group)[0]
+            looks = self.store.array(f"{group}/{STOPPED}").shape[0]
+            found[group] = [int(n) for n in np.clip(ends[:looks], 0, most)]
+        return found
+
+    def look_before(self, group: str, index: int) -> int | None:
+        """Return the look that a unit of an experiment in rounds follows; None if it follows none."""
+        count, _ = self.windows(group)
+        round_ = bisect.bisect_right(self.in_rounds.get(group, []), index // count)
+        return round_ - 1 if round_ else None
+
+    def never_stored(self, group: str) -> NDArray[np.bool_]:
+        """Return which units of a group compute and store nothing, as all of their cells have stopped.
+
+        Raises
+        ------
+        CorruptedError : a look cannot be read.
+        """
+        units = self.store.array(f"{group}/status").shape[0]
+        found = np.zeros(units, dtype=np.bool_)
+        if group not in self.in_rounds:
+            return found
+        count, width = self.windows(group)
+        ends = [*self.in_rounds[group], units // count]
+        for look, (start, stop) in enumerate(itertools.pairwise(ends)):
+            stopped = self.store.stopped(group, look)
+            if stopped is not None:
+                whole = [
+                    bool(np.all(stopped[w * width : (w + 1) * width] if stopped.ndim else stopped))
+                    for w in range(count)
+                ]
+                found[start * count : stop * count] = np.tile(whole, stop - start)
+        return found
+
+    @cached_property
     def metrics(self) -> dict[str, list[str]]:
         """Paths of the arrays that the units of each group write in their own group."""
         found: dict[str, list[str]] = {group: [] for group in self.groups}
@@ -97,7 +147,7 @@ class Contents:
     def template(self) -> list[str]:
         """Paths of the arrays that are written at creation and never again."""
         changing = {path for paths in self.metrics.values() for path in paths} | {f"{PREVIEWS}/x0_hat"}
-        changing |= {f"{group}/{name}" for group in self.groups for name in ("status", ESTIMATE, EXACT, DRAWN)}
+        changing |= {f"{group}/{name}" for group in self.groups for name in ("status", ESTIMATE, EXACT, DRAWN, STOPPED)}
         return sorted(p for p in self.arrays if p not in changing and not p.startswith(f"{EFFECTS}/"))
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from pipeline.precision import GOES_ON, HAS_STOPPED, NOT_LOOKED, STOPPED
 from pipeline.screening import DRAWN, ESTIMATE, ESTIMATED, EXACT, OPEN, VERIFIED, Selection
 from pipeline.store.errors import CorruptedError, StoreError, reading, writing
 from pipeline.store.location import Place, locate
@@ -127,6 +128,51 @@ class Store:
             drawn[...] = selection.drawn.astype(np.uint8)
             # Last, and one chunk: whoever reads it finds nothing chosen or everything.
             exact[...] = np.where(selection.exact, VERIFIED, ESTIMATED).astype(np.uint8)
+
+    def sample_values(self, path: str, samples: int, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Read a metric of the first samples, all of it or a unit's window of the first axis.
+
+        Raises
+        ------
+        CorruptedError : a value cannot be read, or the chunk that it must be in is missing.
+        """
+        array = self.array(path)
+        with reading(self.location, path):
+            found = np.asarray(array[:samples, start:stop] if array.ndim > 1 else array[:samples], dtype=np.float32)
+        # A chunk that is gone reads as NaN, and other cells would stop for good.
+        for sample in np.flatnonzero(np.isnan(found.reshape(samples, -1)).all(axis=1)):
+            window = start // array.chunks[1] if array.ndim > 1 else 0
+            key = chunk_key(array, (int(sample), window, *[0] * array.ndim)[: array.ndim])
+            if not self.location.exists(key):
+                raise CorruptedError(
+                    f"store {self.location}: {key} is missing. Check the store with: stepscope verify {self.location}"
+                )
+        return found
+
+    def stopped(self, group: str, look: int, start: int = 0, stop: int | None = None) -> NDArray[np.bool_] | None:
+        """Return which cells of an experiment have stopped by a look, or those of a unit; None if it is not made.
+
+        Raises
+        ------
+        CorruptedError : the look cannot be read.
+        """
+        array = self.array(f"{group}/{STOPPED}")
+        with reading(self.location, f"{group}/{STOPPED}[{look}]"):
+            values = np.asarray(array[look, start:stop] if array.ndim > 1 else array[look], dtype=np.uint8)
+        return None if (values == NOT_LOOKED).any() else values == HAS_STOPPED
+
+    def write_look(self, group: str, look: int, stopped: NDArray[np.bool_]) -> None:
+        """Write which cells have stopped by a look; the driver alone does this, once."""
+        array = self.array(f"{group}/{STOPPED}")
+        with writing(self.location, f"{group}/{STOPPED}[{look}]"):
+            # One chunk: whoever reads it finds nothing or everything.
+            array[look] = np.where(stopped, HAS_STOPPED, GOES_ON).astype(np.uint8)
+
+    def reset_look(self, group: str, look: int) -> None:
+        """Forget a look; the driver makes the same one again."""
+        array = self.array(f"{group}/{STOPPED}")
+        with writing(self.location, f"{group}/{STOPPED}[{look}]"):
+            array[look] = np.full(array.shape[1:], NOT_LOOKED, dtype=np.uint8)
 
     def status(self, group: str) -> NDArray[np.uint8]:
         """Read a group's status, one value a unit.

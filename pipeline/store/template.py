@@ -19,6 +19,16 @@ from interventions.sites import RUNS
 from pipeline.experiment import Grid
 from pipeline.metrics.objective import OBJECTIVES
 from pipeline.plan import BASELINE, Plan
+from pipeline.precision import (
+    GOES_ON,
+    HAS_STOPPED,
+    LOOK,
+    LOOK_SAMPLES,
+    METHOD,
+    NOT_LOOKED,
+    STOPPED,
+    Precision,
+)
 from pipeline.screening import DRAWN, ESTIMATE, ESTIMATED, EXACT, OPEN, RANKING, VERIFIED, Screen
 from pipeline.store.journal import DONE, FAILED, PENDING
 from pipeline.store.location import Place, locate
@@ -251,6 +261,8 @@ def _create_experiment(root: Any, plan: Plan, grid: Grid) -> None:
     _status(group, plan.group_units(experiment.name))
     if experiment.screen is not None:
         _create_screening(group, plan, grid, experiment.screen)
+    if experiment.precision is not None:
+        _create_looks(group, plan, grid, experiment.precision)
 
 
 def _create_screening(group: Any, plan: Plan, grid: Grid, screen: Screen) -> None:
@@ -286,3 +298,29 @@ def _create_screening(group: Any, plan: Plan, grid: Grid, screen: Screen) -> Non
                 "description": what,
             },
         )
+
+
+def _create_looks(group: Any, plan: Plan, grid: Grid, precision: Precision) -> None:
+    rounds = plan.rounds[grid.experiment.name]
+    method = METHOD.format(unit="prompt", level=precision.level, looks=rounds.looks)
+    group.attrs["precision"] = json.dumps({**precision.model_dump(), "looks": rounds.looks, "interval": method})
+    looks = rounds.looks - 1
+    _put(group, LOOK, (LOOK,), np.array(rounds.problems[:looks], dtype=np.int64), long_name="problems before the look")
+    samples = np.array(rounds.samples[:looks], dtype=np.int64)
+    _put(group, LOOK_SAMPLES, (LOOK,), samples, long_name="samples before the look")
+    group.create_array(
+        STOPPED,
+        shape=(looks, *grid.shape),
+        dtype="uint8",
+        chunks=(1, *grid.shape),
+        fill_value=NOT_LOOKED,
+        compressors=[CODEC],
+        dimension_names=(LOOK, *grid.dims),
+        attributes={
+            "flag_values": [GOES_ON, HAS_STOPPED, NOT_LOOKED],
+            "flag_meanings": "goes_on stopped not_looked_yet",
+            "description": "1: the interval of the cell was narrow enough by this look, and for later samples its "
+            "metrics are not computed and NaN; 0: it is computed further",
+        },
+        config={"write_empty_chunks": True},
+    )

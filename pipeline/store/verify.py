@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan import BASELINE
+from pipeline.precision import LOOK_SAMPLES, STOPPED
 from pipeline.screening import DRAWN, ESTIMATE, EXACT, OPEN
 from pipeline.store.accounts import DIGEST_CHARACTERS, count_failed, digest_of
 from pipeline.store.contents import EFFECTS, PREVIEWS, Contents, MissingError, chunk_keys, consolidated, metadata_of
@@ -166,6 +167,8 @@ class _Verification:
         for group in groups:
             if group in self.contents.screened:
                 self._check_selection(group, bool((receipts[group].states != PENDING).any()))
+            if group in self.contents.in_rounds:
+                self._check_looks(group, receipts[group].states)
             self._check_units(group, receipts[group])
         self._check_effects()
         return self.found
@@ -188,6 +191,9 @@ class _Verification:
                 if path == f"{PREVIEWS}/preview":
                     # Without it nobody knows whose previews they are.
                     self.damaged.add(PREVIEWS)
+                if path.endswith(f"/{LOOK_SAMPLES}"):
+                    # Nor which round a unit is of.
+                    self.damaged.add(path.partition("/")[0])
 
     def _check_effects(self) -> None:
         if EFFECTS not in self.damaged:
@@ -233,8 +239,22 @@ class _Verification:
             self.store.reset_selection(group)
             self.found.rebuilt.append(f"{group}/{EXACT}")
 
+    def _check_looks(self, group: str, states: NDArray[np.uint8]) -> None:
+        """Reset looks that cannot be read, or are gone although units of a later round have used them."""
+        count, _ = self.contents.windows(group)
+        for look, samples in enumerate(self.contents.in_rounds[group]):
+            try:
+                used = bool((states[samples * count :] != PENDING).any())
+                lost = used and self.store.stopped(group, look) is None
+            except CorruptedError:
+                lost = True
+            if lost:
+                self.lease.check()
+                self.store.reset_look(group, look)
+                self.found.rebuilt.append(f"{group}/{STOPPED}[{look}]")
+
     def _check_units(self, group: str, receipts: Receipts) -> None:
-        due = np.flatnonzero(receipts.states != PENDING)
+        due = np.flatnonzero((receipts.states != PENDING) & ~self.contents.never_stored(group))
         before = len(self.found.bad)
         with ThreadPoolExecutor(_READERS) as pool:
             for start in range(0, len(due), _BATCH):
@@ -279,11 +299,16 @@ class _Verification:
             estimates = sum(int(np.isnan(v).sum()) for path, v in values.items() if path.endswith(f"/{ESTIMATE}"))
             recorded = {p: v for p, v in values.items() if p.startswith(f"{BASELINE}/")}
             return estimates + count_failed(recorded)
-        if group not in self.contents.screened:
+        look = self.contents.look_before(group, index) if group in self.contents.in_rounds else None
+        if group not in self.contents.screened and look is None:
             return count_failed(values)
         count, width = self.contents.windows(group)
         start = (index % count) * width
-        chosen = self.store.chosen(group, start, start + width)
+        if look is not None:
+            stopped = self.store.stopped(group, look, start, start + width)
+            chosen = None if stopped is None else ~stopped.ravel()
+        else:
+            chosen = self.store.chosen(group, start, start + width)
         return None if chosen is None else count_failed({p: v.ravel()[chosen] for p, v in values.items()})
 
     def _write_status(self, group: str, states: NDArray[np.uint8]) -> None:
