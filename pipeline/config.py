@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from cluster.notice import watch_for
 from pipeline import metrics as _metrics  # noqa: F401  (registers every metric)
@@ -47,10 +47,25 @@ class ModelConfig(_Frozen):
     device_map: Literal["none", "balanced"] = "none"
 
 
-class EngineConfig(_Frozen):
-    """What may change results in their last digits, and therefore belongs to the config's identity."""
+AUTO = "auto"
+DEFAULT_ROWS = 18
 
-    batch_rows: Annotated[int, Field(ge=1, description="rows of one denoiser forward")] = 18
+
+def _number_of_rows(value: Any) -> Any:
+    if value == AUTO or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("use a whole number from 1 on, or auto")
+
+
+class EngineConfig(_Frozen):
+    """What may change results in their last digits, and therefore belongs to the config's identity.
+
+    ``batch_rows`` may be "auto": the number is then chosen once and kept in the store, see ``pipeline.batching``.
+    """
+
+    batch_rows: Annotated[
+        int | Literal["auto"], PlainValidator(_number_of_rows), Field(description="rows of one denoiser forward")
+    ] = DEFAULT_ROWS
     threads: Annotated[int, Field(ge=1, description="CPU threads of a replica")] = 1
 
 

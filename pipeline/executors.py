@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from cluster import Executor, InlinePool, PoolError, PoolOptions
 from pipeline.plan import Plan
+from pipeline.start_cost import timed_start
 from pipeline.store import Place, locate
 
 MakeExecutor: TypeAlias = Callable[[Plan, Place], Executor]
@@ -20,7 +21,7 @@ MakeExecutor: TypeAlias = Callable[[Plan, Place], Executor]
 _LISTENER_S = 10.0
 
 # Replicas inherit these: glibc would otherwise give every forward's buffers back to the system.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
@@ -57,7 +58,7 @@ def ray_executor(plan: Plan, place: Place) -> Executor:
     ------
     PoolError : no cluster answers at ``RAY_ADDRESS``.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from cluster.ray_pool import RayPool
 
@@ -84,14 +85,15 @@ def _connect(options: PoolOptions) -> str:
                 "Start it, or unset RAY_ADDRESS to run on this machine."
             ) from error
         return "cluster"
-    ray.init(
-        address="local",
-        num_cpus=local_cpus(options),
-        object_store_memory=100 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with timed_start():
+        ray.init(
+            address="local",
+            num_cpus=local_cpus(options),
+            object_store_memory=100 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     return "local"
 
 

@@ -345,7 +345,7 @@ ONE_FAULT = [
         "name: tiny",
         "name: tiny\nengine: {batch_rows: 0}",
         [2],
-        "engine.batch_rows: Input should be greater",
+        "engine.batch_rows: use a whole number from 1 on, or auto, got 0",
         id="batch-rows",
     ),
     pytest.param(
