@@ -58,10 +58,10 @@ def baseline_seconds(plan: Plan, calibration: Calibration) -> float:
 
 
 def preview_seconds(plan: Plan, calibration: Calibration) -> float:
-    """Return the seconds of the previews of one sample: every step of three runs decoded, one of them computed."""
-    steps = plan.geometry.steps
+    """Return the seconds of the previews of one sample: every step of both runs decoded, and of a patched one."""
+    films = len(RUNS) + (plan.patched is not None)
     patched = calibration.record_s / len(RUNS) if plan.patched is not None else 0.0
-    return (len(RUNS) + 1) * steps * calibration.preview_s + patched
+    return films * plan.geometry.steps * calibration.preview_s + patched
 
 
 def _units(plan: Plan, calibration: Calibration) -> Iterator[float]:

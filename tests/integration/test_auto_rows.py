@@ -26,7 +26,6 @@ from pipeline.store.rows import RowsRecord
 from pipeline.sweep import SweepResult, run_sweep
 from tests.sweep_fixture import arrays, assert_same_arrays, save_tiny_model, tiny_config
 
-
 SMALL: dict[str, Any] = {
     "task": {"name": "maze", "mazes": 1, "pairs": ["red/blue"]},
     "experiments": {"map": {"kind": "patch", "step": [3], "layer": "all", "component": ["attn1", "attn2"]}},

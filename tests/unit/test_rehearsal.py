@@ -48,7 +48,7 @@ class TestHowMany:
             "inline",
             "one",
             "each",
-            "no more than a few",
+            "only a few",
             "as cores allow",
             "threads for all",
             "own GPUs",
@@ -86,7 +86,7 @@ class TestProcesses:
         assert min(found.start_s, found.record_s, found.measure_s, found.cells["map"].forward_s) > 0
 
     def test_what_the_command_allowed_holds_there_too(self, tmp_path, monkeypatch):
-        (tmp_path / "own_metrics.py").write_text("def brightness(video):\n    return video.mean((1, 2, 3, 4))\n")
+        (tmp_path / "own_metrics.py").write_text("def brightness(given):\n    return given.video.mean((1, 2, 3, 4))\n")
         monkeypatch.chdir(tmp_path)
         allowed = Permissions(metrics=("own_metrics:brightness",), folder=str(tmp_path))
         allowed.apply()

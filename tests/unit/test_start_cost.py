@@ -28,7 +28,8 @@ def test_a_start_that_fails_is_not_remembered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"seconds": "soon"}', '{"seconds": -1}', '{"seconds": 1e9}', '{"seconds": NaN}', "[" * 99_999],
+    "content",
+    ["", "{", "[]", '{"seconds": "soon"}', '{"seconds": -1}', '{"seconds": 1e9}', '{"seconds": NaN}', "[" * 99_999],
     ids=["empty", "torn", "list", "word", "before it began", "for ever", "nan", "deep"],
 )  # fmt: skip
 def test_a_damaged_file_says_nothing(tmp_path, content):
