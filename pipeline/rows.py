@@ -61,14 +61,19 @@ class Table:
         return self.whole or self.most >= min(rows, MOST_ROWS)
 
     def seconds(self, rows: int) -> float:
-        """Return the seconds of a batch, between two measured ones on the line through them."""
+        """Return the seconds of a batch, between two measured ones on the line through them.
+
+        Never more than those of a larger batch: the measurement of the smaller one was disturbed.
+        """
         at = bisect_left(self.batches, rows, key=lambda each: each.rows)
-        right = self.batches[min(at, len(self.batches) - 1)]
+        at = min(at, len(self.batches) - 1)
+        least = min(each.seconds for each in self.batches[at:])
+        right = self.batches[at]
         if right.rows <= rows:
-            return right.seconds
+            return least
         left = self.batches[at - 1]
         share = (rows - left.rows) / (right.rows - left.rows)
-        return left.seconds + share * (right.seconds - left.seconds)
+        return min(left.seconds, least) + share * (least - min(left.seconds, least))
 
     def peak(self, rows: int) -> int:
         """Return the most memory of any batch up to the next measured one."""
@@ -90,18 +95,26 @@ def memory_limit(table: Table, capacity: int | None = None) -> int:
 def choose(table: Table, groups: Mapping[int, int], limit: int) -> int:
     """Return how many rows should share a forward.
 
-    The smallest number whose time for all groups is within ``CLOSE`` of the least, of those whose peak is within the
-    limit; 1 is always allowed. Remainders count: 16 rows are no good for groups of 18.
+    Of the numbers that were measured and those that cut a group into equal parts, the smallest whose time for all
+    groups is within ``CLOSE`` of the least, its peak being within the limit; 1 is always allowed. Remainders count: 16
+    rows are no good for groups of 18.
 
     Parameters
     ----------
     groups : sizes of the groups of rows that may share a forward, with the loops of the solver that each computes.
     limit : bytes.
     """
-    allowed = [n for n in range(1, table.most + 1) if n == 1 or table.peak(n) <= limit]
+    measured = {each.rows for each in table.batches}
+    sensible = [n for n in range(1, table.most + 1) if n in measured or any(_cuts_evenly(n, size) for size in groups)]
+    allowed = [n for n in sensible if n == 1 or table.peak(n) <= limit]
     seconds = {n: _seconds(table, groups, n) for n in allowed}
     least = min(seconds.values())
     return next(n for n in allowed if seconds[n] <= (1 + CLOSE) * least)
+
+
+def _cuts_evenly(rows: int, size: int) -> bool:
+    """Whether no smaller number of rows cuts a group into as few parts."""
+    return math.ceil(size / math.ceil(size / rows)) == rows
 
 
 def _seconds(table: Table, groups: Mapping[int, int], rows: int) -> float:
