@@ -7,13 +7,14 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 from cluster import Executor, InlinePool, PoolError, PoolOptions
 from pipeline.plan import Plan
-from pipeline.start_cost import timed_start
+from pipeline.start_cost import remember_start
 from pipeline.store import Place, locate
 
 MakeExecutor: TypeAlias = Callable[[Plan, Place], Executor]
@@ -60,10 +61,12 @@ def ray_executor(plan: Plan, place: Place) -> Executor:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    began = time.perf_counter()
     from cluster.ray_pool import RayPool
 
     options = pool_options(plan)
     if _connect(options) == "local":
+        remember_start(time.perf_counter() - began)
         # Nobody adds nodes to a Ray of this machine.
         options = replace(options, capacity_wait_s=0)
     return RayPool(_factory(plan, place), options, plan.config.run.notices)
@@ -85,15 +88,14 @@ def _connect(options: PoolOptions) -> str:
                 "Start it, or unset RAY_ADDRESS to run on this machine."
             ) from error
         return "cluster"
-    with timed_start():
-        ray.init(
-            address="local",
-            num_cpus=local_cpus(options),
-            object_store_memory=100 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    ray.init(
+        address="local",
+        num_cpus=local_cpus(options),
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     return "local"
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.rows_cache import cache_folder
@@ -16,16 +14,13 @@ UNKNOWN_S = 8.0
 _MOST_S = 600.0
 
 
-@contextmanager
-def timed_start(folder: Path | None = None) -> Iterator[None]:
-    """Remember how long the start of Ray takes that runs inside."""
-    began = time.perf_counter()
-    yield
+def remember_start(seconds: float, folder: Path | None = None) -> None:
+    """Keep what the start of Ray took; a folder that cannot be written keeps nothing."""
     file = _file(folder)
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.partial")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps({"seconds": round(time.perf_counter() - began, 2)}), encoding="utf-8")
+        unfinished.write_text(json.dumps({"seconds": round(seconds, 2)}), encoding="utf-8")
         os.replace(unfinished, file)
 
 
