@@ -140,7 +140,7 @@ def measure(threads: int, *, steps: int, stride: int, naive_cells: int) -> dict[
         both = Comparison(plan)
         units = [unit for unit in plan.units() if unit.group == "map"]
         both.step(units[-1], 1)
-        bare, ms = BareDenoiser(plan), {1: 0.0, plan.config.engine.rows: 0.0}
+        bare, ms = BareDenoiser(plan), {1: 0.0, plan.rows: 0.0}
         told = []
         for unit in units[stride // 2 :: stride]:
             told.append(both.step(unit, naive_cells))

@@ -1,43 +1,154 @@
-"""A short calibration: what one row of a denoiser forward costs on this machine, overheads included."""
+"""A short calibration: what a sample, and the cells of each experiment, cost a replica on this machine."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from pipeline.models import ModelError, load_pipeline
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.layout import Unit
+from pipeline.models import ModelError
 from pipeline.plan import Plan
-from pipeline.replica import Computer
+
+if TYPE_CHECKING:
+    from pipeline.experiment import Grid
+    from pipeline.replica import Computer
+
+BUDGET_S = 20.0
+"""After so long no further experiment is timed; the others are taken for its mean."""
+_SHORT_S = 0.5
 
 
-def seconds_per_row_forward(plan: Plan) -> float:
-    """Time one batch of the first experiment, after one to warm up.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellCost:
+    """Seconds of the cells of an experiment: for every group that shares its forwards, and for every row-forward."""
 
-    Returns
-    -------
-    Seconds of one replica for one row of one denoiser forward.
+    group_s: float
+    forward_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What a replica was seen to need, in seconds.
+
+    Attributes
+    ----------
+    start_s : from the start of its process to its first unit. record_s, measure_s : to record the pair of runs of a
+        sample, and to decode and measure one step of both. preview_s : to decode one frame strip's step of one run.
+    screen_s : to estimate all screened cells of a sample. cells : by experiment, those that were timed.
+    rows : the most rows that share a forward, as they were when it was timed.
+    """
+
+    record_s: float
+    measure_s: float
+    preview_s: float
+    screen_s: float
+    cells: dict[str, CellCost]
+    rows: int
+    start_s: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Calibration:
+        """Return the calibration of plain data."""
+        return cls(**{**data, "cells": {name: CellCost(**cost) for name, cost in data["cells"].items()}})
+
+
+def calibrate(computer: Computer, *, budget_s: float = BUDGET_S) -> Calibration:
+    """Time what a replica does on the first sample: its runs, a step's metrics, and two groups of each experiment.
 
     Raises
     ------
     ModelError : the pipeline refuses its call.
     """
-    import torch
-
-    torch.set_num_threads(plan.config.engine.threads)
-    model = plan.config.model
-    pipe = load_pipeline(plan.model, dtype=model.dtype, device=model.device, device_map=model.device_map)
-    computer = Computer(plan, pipe)
+    plan = computer.plan
+    began = time.perf_counter()
     try:
         record = computer.record(0)
     except ValueError as error:
         # The pipeline's own checks of its call, which no plan can know.
         raise ModelError(f"model {plan.model.id!r} refuses this run: {error}") from error
-    grid = plan.grids[0]
-    rows = list(grid.interventions(range(min(grid.shape[0], plan.window(grid))) if grid.shape else None))
-    batches = plan.batches(rows)
-    batch = [rows[i] for i in batches[len(batches) // 2]]
-    seconds = []
-    for _ in range(2):
-        started = time.perf_counter()
-        computer.engine.fork(record, batch)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds) / max(1, plan.batch_forwards(batch))
+    record_s = time.perf_counter() - began
+    about = plan.samples[0]
+    measure_s = _seconds(lambda: computer.measure(record, record.x0_hat[0], about))
+    latents, frames = record.x0_hat[0][:1], plan.geometry.frames
+    shown = bool(plan.config.previews.samples)
+    return Calibration(
+        record_s=record_s,
+        measure_s=measure_s,
+        preview_s=_seconds(lambda: plan.task.preview(computer.pipe, latents, frames)) if shown else 0.0,
+        screen_s=sum(_once(lambda grid=grid: computer.estimates(grid, 0)) for grid in plan.screened),  # type: ignore[misc]
+        cells=_cell_costs(computer, budget_s),
+        rows=plan.rows,
+    )
+
+
+def _cell_costs(computer: Computer, budget_s: float) -> dict[str, CellCost]:
+    plan, began = computer.plan, time.perf_counter()
+    dearest = sorted(plan.grids, key=lambda g: -sum(w.forwards for w in plan.window_work(g.experiment.name)))
+    found: dict[str, CellCost] = {}
+    for grid in dearest:
+        if found and time.perf_counter() - began > budget_s:
+            break
+        found[grid.experiment.name] = _cost_of(computer, grid)
+    return found
+
+
+def _cost_of(computer: Computer, grid: Grid) -> CellCost:
+    """Time the group with the most forwards and the one with the fewest, and draw the line through both."""
+    plan = computer.plan
+    trials = list(_trials(plan, grid))
+    few, many = (chooser(trials, key=lambda t: t.forwards) for chooser in (min, max))
+    few_s = _seconds(lambda: computer.cells(few.unit, few.chosen))
+    if many.forwards == few.forwards:
+        return CellCost(group_s=0.0, forward_s=few_s / max(1, few.forwards))
+    many_s = _seconds(lambda: computer.cells(many.unit, many.chosen))
+    forward_s = max(0.0, (many_s - few_s) / (many.forwards - few.forwards))
+    group_s = few_s - few.forwards * forward_s
+    if group_s <= 0:
+        # More than in proportion, which only noise can be.
+        return CellCost(group_s=0.0, forward_s=many_s / many.forwards)
+    return CellCost(group_s=group_s, forward_s=forward_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """One group of cells of a unit: which they are, and its row-forwards."""
+
+    unit: Unit
+    chosen: NDArray[np.bool_]
+    forwards: int
+
+
+def _trials(plan: Plan, grid: Grid) -> Iterator[_Trial]:
+    """Yield the groups of the first, the middle and the last unit of an experiment."""
+    windows = plan.layout.windows(grid.experiment.name)
+    for window in sorted({0, windows.count // 2, windows.count - 1}):
+        start, stop = windows.bounds(window)
+        unit = Unit(id=0, group=grid.experiment.name, index=window, sample=0, start=start, stop=stop)
+        rows = plan.interventions(unit)
+        for members in plan.groups(rows):
+            chosen = np.zeros(len(rows), dtype=np.bool_)
+            chosen[members] = True
+            cells = [rows[i] for i in members]
+            forwards = sum(plan.batch_forwards([cells[i] for i in b]) for b in plan.batches(cells))
+            yield _Trial(unit, chosen, forwards)
+
+
+def _once(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Time some work; if it is short, twice more, as the first time may have loaded something."""
+    seconds = _once(work)
+    return (_once(work) + _once(work)) / 2 if seconds < _SHORT_S else seconds

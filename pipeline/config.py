@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from cluster.notice import watch_for
 from pipeline import metrics as _metrics  # noqa: F401  (registers every metric)
@@ -47,26 +47,34 @@ class ModelConfig(_Frozen):
     device_map: Literal["none", "balanced"] = "none"
 
 
+AUTO = "auto"
+DEFAULT_ROWS = 18
+
+
+def _number_of_rows(value: Any) -> Any:
+    if value == AUTO or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("use a whole number from 1 on, or auto")
+
+
 class EngineConfig(_Frozen):
     """What may change results in their last digits, and therefore belongs to the config's identity.
 
+    ``batch_rows`` may be "auto": the number is then chosen once and kept in the store, see ``pipeline.batching``.
     ``mode`` "naive" is the reference: one row a forward, every run from its first step, nothing shared. ``engine:
     naive`` is short for it.
     """
 
     mode: Literal["replay", "naive"] = "replay"
-    batch_rows: Annotated[int, Field(ge=1, description="rows of one denoiser forward")] = 18
+    batch_rows: Annotated[
+        int | Literal["auto"], PlainValidator(_number_of_rows), Field(description="rows of one denoiser forward")
+    ] = DEFAULT_ROWS
     threads: Annotated[int, Field(ge=1, description="CPU threads of a replica")] = 1
 
     @model_validator(mode="before")
     @classmethod
     def _mode_alone(cls, data: Any) -> Any:
         return {"mode": data} if isinstance(data, str) else data
-
-    @property
-    def rows(self) -> int:
-        """Most rows of one forward."""
-        return 1 if self.mode == "naive" else self.batch_rows
 
 
 class PreviewConfig(_Frozen):

@@ -7,12 +7,14 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 from cluster import Executor, InlinePool, PoolError, PoolOptions
 from pipeline.plan import Plan
+from pipeline.start_cost import remember_start
 from pipeline.store import Place, locate
 
 MakeExecutor: TypeAlias = Callable[[Plan, Place], Executor]
@@ -20,7 +22,7 @@ MakeExecutor: TypeAlias = Callable[[Plan, Place], Executor]
 _LISTENER_S = 10.0
 
 # Replicas inherit these: glibc would otherwise give every forward's buffers back to the system.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
@@ -57,12 +59,14 @@ def ray_executor(plan: Plan, place: Place) -> Executor:
     ------
     PoolError : no cluster answers at ``RAY_ADDRESS``.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    began = time.perf_counter()
     from cluster.ray_pool import RayPool
 
     options = pool_options(plan)
     if _connect(options) == "local":
+        remember_start(time.perf_counter() - began)
         # Nobody adds nodes to a Ray of this machine.
         options = replace(options, capacity_wait_s=0)
     return RayPool(_factory(plan, place), options, plan.config.run.notices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from interventions.run import loop_order, replayed_loops
 from interventions.screen import PASSES
 from interventions.sites import RUNS, Geometry, RunName, Site
 from pipeline.call import argument_problems
-from pipeline.config import ConfigError, SweepConfig, format_problems, overridden_keys
+from pipeline.config import DEFAULT_ROWS, ConfigError, SweepConfig, format_problems, overridden_keys
 from pipeline.experiment import Experiment, ExperimentError, Grid, Problem, parse
 from pipeline.layout import BASELINE as BASELINE
 from pipeline.layout import Layout, Windows
@@ -55,9 +55,22 @@ class Cost:
     least_row_forwards: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowWork:
+    """What the cells of one window of an experiment are: groups that share forwards, and row-forwards."""
+
+    groups: int
+    forwards: int
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A config bound to a model: geometry, samples, grids and units, all pure functions of the two."""
+    """A config bound to a model: geometry, samples, grids and units, all pure functions of the two.
+
+    Attributes
+    ----------
+    auto_rows : rows of one forward where the config leaves them to the tool; batches and costs are counted with them.
+    """
 
     config: SweepConfig
     model: ModelInfo
@@ -66,6 +79,19 @@ class Plan:
     grids: tuple[Grid, ...]
     patched: Intervention | None
     permissions: Permissions = NOTHING
+    auto_rows: int = DEFAULT_ROWS
+
+    @property
+    def rows(self) -> int:
+        """The most rows that share a forward."""
+        if self.config.engine.mode == "naive":
+            return 1
+        given = self.config.engine.batch_rows
+        return given if isinstance(given, int) else self.auto_rows
+
+    def with_rows(self, rows: int) -> Plan:
+        """Return the plan with rows of one forward that were chosen for it."""
+        return replace(self, auto_rows=rows)
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -146,23 +172,30 @@ class Plan:
         """Return the row-forwards of a unit, expected if its cells are yet to be chosen; alike for every sample."""
         if unit.group == BASELINE:
             return 2 * self.geometry.steps * len(self.geometry.branches) + self.screening_forwards()
-        return self._window_forwards[unit.group][unit.start // self.window(self.by_name[unit.group])]
+        return self.window_work(unit.group)[unit.start // self.window(self.by_name[unit.group])].forwards
+
+    def window_work(self, group: str) -> list[WindowWork]:
+        """Return the work of each window of an experiment, expected if its cells are yet to be chosen."""
+        return self._window_work[group]
+
+    def _group_forwards(self, group: str) -> int:
+        return sum(work.forwards for work in self.window_work(group))
 
     @cached_property
-    def _window_forwards(self) -> dict[str, list[int]]:
+    def _window_work(self) -> dict[str, list[WindowWork]]:
         return {
-            name: [self._forwards_of(grid, *bounds) for bounds in self._bounds(grid)]
-            for name, grid in self.by_name.items()
+            name: [self._work_of(grid, *bounds) for bounds in self._bounds(grid)] for name, grid in self.by_name.items()
         }
 
     def _bounds(self, grid: Grid) -> list[tuple[int, int]]:
         windows = self.layout.windows(grid.experiment.name)
         return [windows.bounds(window) for window in range(windows.count)]
 
-    def _forwards_of(self, grid: Grid, start: int, stop: int) -> int:
+    def _work_of(self, grid: Grid, start: int, stop: int) -> WindowWork:
         rows = list(grid.interventions(range(start, stop)))
         rows = _spread(rows, computed_cells(grid) / grid.cells)
-        return sum(self.batch_forwards([rows[i] for i in batch]) for batch in self.batches(rows))
+        forwards = sum(self.batch_forwards([rows[i] for i in batch]) for batch in self.batches(rows))
+        return WindowWork(groups=len(self.groups(rows)), forwards=forwards)
 
     def interventions(self, unit: Unit) -> list[Intervention]:
         """Return the interventions of a unit's cells, in C order."""
@@ -171,7 +204,11 @@ class Plan:
 
     def batches(self, rows: Sequence[Intervention]) -> list[list[int]]:
         """Return the batches of a unit's cells; see ``batch_rows``."""
-        return batch_rows(rows, self.geometry, self.config.engine.rows)
+        return batch_rows(rows, self.geometry, self.rows)
+
+    def groups(self, rows: Sequence[Intervention]) -> list[list[int]]:
+        """Return which rows could share one forward, however many they are."""
+        return batch_rows(rows, self.geometry, max(1, len(rows)))
 
     def cost(self) -> Cost:
         """Count cells, forwards and bytes of the whole sweep."""
@@ -180,7 +217,7 @@ class Plan:
         cells = stored = 0
         for grid in self.grids:
             cells, stored = cells + computed_cells(grid), stored + grid.cells
-            forwards += sum(self._window_forwards[grid.experiment.name])
+            forwards += self._group_forwards(grid.experiment.name)
         # Runs from other initial noise are nobody's baseline; those of other problems are recorded for their own.
         seeds = {
             (r.sample, r.seed) for g in self.grids for c in g.readers() for r in c.references(self.geometry) if r.seed
@@ -196,7 +233,7 @@ class Plan:
             units=len(self.layout),
             row_forwards=forwards * n,
             least_cells=cells * n - sum(k * self.by_name[name].cells for name, k in saved.items()),
-            least_row_forwards=forwards * n - sum(k * sum(self._window_forwards[name]) for name, k in saved.items()),
+            least_row_forwards=forwards * n - sum(k * self._group_forwards(name) for name, k in saved.items()),
             naive_row_forwards=(stored + 2) * n * self.geometry.steps * branches,
             bytes=4 * n * (len(self.metrics) * (stored + 2 * (self.geometry.steps + 1)) + estimates)
             + self._preview_bytes(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +20,11 @@ from interventions.record import Fork, Record
 from interventions.screen import screen
 from interventions.sites import RUNS
 from pipeline import gpu_memory
+from pipeline.batching import indivisible, rows_for
 from pipeline.conditioning import Conditioning
 from pipeline.config import SweepConfig
 from pipeline.experiment import Grid
+from pipeline.hardware import hardware_of
 from pipeline.metrics.metric import Metric, MetricInput, no_video
 from pipeline.metrics.objective import OBJECTIVES
 from pipeline.models import load_pipeline
@@ -47,6 +48,7 @@ class Receipt:
     bytes : written, uncompressed. row_forwards : denoiser forwards of one row each.
     gpu_bytes : peak GPU memory while the unit ran, 0 without GPU.
     digest : of the values, as they were before they were written; see ``digest_of``.
+    rows : the most that could share a forward; 0 of a baseline, for which that means nothing.
     """
 
     cells: int
@@ -56,6 +58,7 @@ class Receipt:
     seconds: float
     gpu_bytes: int = 0
     digest: str = ""
+    rows: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -195,19 +198,15 @@ class Replica:
         self.store = Store(store)
         if parsed.hash() != self.store.config_hash:
             raise StoreError(f"store {store} holds another config than this replica sees: an image of it differs here.")
-        model = parsed.model
-        pipe = load_pipeline(self.plan.model, dtype=model.dtype, device=model.device, device_map=model.device_map)
-        self.hardware = _hardware(pipe)
-        self.computer = Computer(self.plan, pipe)
-        require_controls(
-            self.computer.engine, self.plan.task.inputs(pipe, self.plan.samples[0], self.plan.config.sampler)
-        )
+        self.computer = load_proven(self.plan)
+        self.hardware = hardware_of(self.computer.pipe.device)
+        self.rows = rows_for(self.plan, self.computer, store, self.hardware)
 
     def run(self, unit: Unit) -> Receipt:
         """Compute one unit and write its region; the same unit always writes the same bytes."""
         started = time.perf_counter()
         gpu_memory.reset_peak()
-        receipt = self._baseline(unit) if unit.group == BASELINE else self._cells(unit)
+        receipt = indivisible(lambda: self._baseline(unit)) if unit.group == BASELINE else self._cells(unit)
         seconds = round(time.perf_counter() - started, 4)
         return replace(receipt, seconds=seconds, gpu_bytes=gpu_memory.peak())
 
@@ -233,21 +232,30 @@ class Replica:
         )
 
     def _cells(self, unit: Unit) -> Receipt:
-        rows = self.plan.interventions(unit)
+        count = len(self.plan.interventions(unit))
         chosen = self._chosen(unit)
-        chosen = np.ones(len(rows), dtype=np.bool_) if chosen is None else chosen
-        values = self.computer.cells(unit, chosen)
+        chosen = np.ones(count, dtype=np.bool_) if chosen is None else chosen
+        (values, forwards), used = self.rows.run(lambda limit: self._compute(unit, chosen, limit))
         digest = digest_of({f"{unit.group}/{name}": value for name, value in values.items()})
         written = self.store.write_cells(unit.group, values, unit.sample, unit.start, unit.stop)
-        rows = [rows[i] for i in np.flatnonzero(chosen)]
         return Receipt(
-            cells=len(rows),
+            cells=int(chosen.sum()),
             failed=count_failed({name: value.ravel()[chosen] for name, value in values.items()}),
             bytes=written,
             digest=digest,
-            row_forwards=sum(self.plan.batch_forwards([rows[i] for i in b]) for b in self.plan.batches(rows)),
+            row_forwards=forwards,
             seconds=0.0,
+            rows=used,
         )
+
+    def _compute(self, unit: Unit, chosen: NDArray[np.bool_], limit: int) -> tuple[dict[str, NDArray[np.float32]], int]:
+        """Return the values of a unit whose forwards have so many rows at most, and its row-forwards."""
+        if limit != self.plan.rows:
+            self.plan = self.computer.plan = self.plan.with_rows(limit)
+        values = self.computer.cells(unit, chosen)
+        cells = self.plan.interventions(unit)
+        rows = [cells[i] for i in np.flatnonzero(chosen)]
+        return values, sum(self.plan.batch_forwards([rows[i] for i in b]) for b in self.plan.batches(rows))
 
     def _chosen(self, unit: Unit) -> NDArray[np.bool_] | None:
         """Return which cells of a unit are computed; None if all of them are, whatever happens."""
@@ -265,13 +273,18 @@ class Replica:
         return ~stopped.ravel()
 
 
-def _hardware(pipe: Any) -> str:
-    """Name what a pipeline computes on; equal names promise equal bits."""
-    import torch
+def load_proven(plan: Plan) -> Computer:
+    """Load the model of a plan and prove that it is understood.
 
-    if pipe.device.type == "cuda":
-        return str(torch.cuda.get_device_name(pipe.device))
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    Raises
+    ------
+    ModelError : it cannot be loaded. ControlError : a control fails.
+    """
+    model = plan.config.model
+    pipe = load_pipeline(plan.model, dtype=model.dtype, device=model.device, device_map=model.device_map)
+    computer = Computer(plan, pipe)
+    require_controls(computer.engine, plan.task.inputs(pipe, plan.samples[0], plan.config.sampler))
+    return computer
 
 
 def _with_given_frames(record: Record, estimate: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -97,7 +98,11 @@ def plan(
 
     Example: ``stepscope plan configs/maze_demo.yaml --set task.mazes=100``
     """
+    from pipeline.estimate import known, timed
+
+    began = time.perf_counter()
     planned, place = bind(config, set_ or [], None, None, allowed(allow_metric, allow_pickled_weights))
+    planned, found = timed(planned, time.perf_counter() - began) if calibrate else known(planned)
     cost = planned.cost()
     facts: dict[str, Any] = {
         "name": planned.config.name,
@@ -112,13 +117,8 @@ def plan(
         **_least(planned, cost),
         "store": str(place),
         "experiments": {g.experiment.name: dict(zip(g.dims, g.shape, strict=True)) for g in planned.grids},
+        **found,
     }
-    if calibrate:
-        from pipeline.calibrate import seconds_per_row_forward
-
-        seconds = seconds_per_row_forward(planned)
-        facts["seconds_per_row_forward"] = round(seconds, 6)
-        facts["estimated_seconds"] = round(cost.row_forwards * seconds / max(1, planned.config.run.replicas))
     if as_json:
         print(json.dumps(facts, indent=2))
         return OK

@@ -386,6 +386,26 @@ class TestPlan:
         facts = json.loads(capsys.readouterr().out)
         assert (facts["samples"], facts["cells"]) == (5, 10)
 
+    @pytest.mark.parametrize(
+        ("override", "rows"), [([], 18), (["--set", "engine.batch_rows=7"], 7)], ids=["default", "given"]
+    )
+    def test_names_the_rows_of_a_forward(self, here, capsys, override, rows):
+        assert main(["plan", "c.yaml", "--no-calibrate", "--json", *override]) == OK
+        assert json.loads(capsys.readouterr().out)["batch_rows"] == rows
+
+    def test_rows_left_to_the_tool_are_known_once_they_were_measured(self, here, capsys, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        auto = ["c.yaml", "--set", "engine.batch_rows=auto", "--set", "experiments.map.layer=all"]
+        main(["plan", *auto, "--no-calibrate"])
+        assert re.search(r"^ +batch rows  auto$", capsys.readouterr().out, re.MULTILINE)
+        main(["plan", *auto, "--json"])
+        measured = json.loads(capsys.readouterr().out)
+        assert 1 <= measured["batch_rows"] <= 6
+        main(["plan", *auto, "--no-calibrate", "--json"])
+        known = json.loads(capsys.readouterr().out)
+        assert known["batch_rows"] == measured["batch_rows"]
+        assert known["row_forwards"] == measured["row_forwards"]
+
     def test_calibration_adds_a_duration(self, here, capsys):
         assert main(["plan", "c.yaml", "--json"]) == OK
         facts = json.loads(capsys.readouterr().out)

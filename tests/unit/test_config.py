@@ -345,8 +345,18 @@ ONE_FAULT = [
         "name: tiny",
         "name: tiny\nengine: {batch_rows: 0}",
         [2],
-        "engine.batch_rows: Input should be greater",
+        "engine.batch_rows: use a whole number from 1 on, or auto, got 0",
         id="batch-rows",
+    ),
+    *(
+        pytest.param(
+            "name: tiny",
+            f"name: tiny\nengine: {{batch_rows: {given}}}",
+            [2],
+            f"engine.batch_rows: use a whole number from 1 on, or auto, got {got}",
+            id=f"batch-rows-{name}",
+        )
+        for given, got, name in (("many", "'many'", "word"), ("2.0", "2.0", "fraction"), ("true", "True", "truth"))
     ),
     pytest.param(
         "name: tiny",

@@ -50,6 +50,16 @@ class TestSpellings:
 
 
 class TestIdentity:
+    def test_of_rows_left_to_the_tool_is_the_word(self, tmp_path):
+        """The number is chosen later, and belongs to a store."""
+        auto = bound(tmp_path, TINY, "engine.batch_rows=auto")
+        assert auto.identity()["engine"]["batch_rows"] == "auto"
+        assert SweepConfig.model_validate_json(auto.model_dump_json()).hash() == auto.hash()
+
+    def test_of_the_demo_is_what_it_was(self):
+        """Stores of earlier versions can be resumed."""
+        assert load_config(DEMO).identity()["engine"] == {"batch_rows": 18, "threads": 1}
+
     def test_survives_json(self, tmp_path):
         config = bound(tmp_path, TINY)
         again = SweepConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
@@ -112,6 +122,7 @@ class TestIdentity:
             "sampler.steps=4",
             "sampler.guidance_scale=2",
             "engine.batch_rows=4",
+            "engine.batch_rows=auto",
             "engine.threads=2",
             "engine=naive",
             "metrics=[solved]",
