@@ -18,6 +18,7 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from pipeline.effects.state import GroupedMoments, Key
+from pipeline.fields import axes_of, field_dims_of
 from pipeline.screening import ESTIMATE, EXACT, VERIFIED
 from pipeline.store import DONE as DONE
 from pipeline.store import FAILED as FAILED
@@ -156,7 +157,16 @@ class Experiment:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the stored metrics."""
+        """Names of the stored metrics with one number a cell."""
+        return [name for name in self._measured if not field_dims_of(map(str, self.dataset[name].dims))]
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the stored metrics with a field a cell."""
+        return [name for name in self._measured if field_dims_of(map(str, self.dataset[name].dims))]
+
+    @property
+    def _measured(self) -> list[str]:
         found = [str(n) for n, v in self.dataset.data_vars.items() if v.dims[:1] == ("sample",) and v.dtype.kind == "f"]
         return [name for name in found if not (self.screened and name == ESTIMATE)]
 
@@ -175,7 +185,7 @@ class Experiment:
     @property
     def axes(self) -> tuple[str, ...]:
         """Dimensions of a cell, in stored order."""
-        return tuple(str(d) for d in self.dataset[self.metrics[0]].dims[1:])
+        return axes_of(str(d) for d in self.dataset[self._measured[0]].dims[1:])
 
     @property
     def contrast(self) -> bool:
@@ -209,21 +219,22 @@ class Experiment:
 
         A unit of work writes whole chunks, so units are the chunks in C order, or all chunks of one sample.
         """
-        array = self.dataset[metric]
+        array, ndim = self.dataset[metric], 1 + len(self.axes)
+        shape = array.shape[:ndim]
         if (self.status == self.status[0]).all():
-            return np.broadcast_to(self.status[0], array.shape)
-        chunks = array.encoding.get("chunks") or array.shape
-        grid = tuple(-(-size // chunk) for size, chunk in zip(array.shape, chunks, strict=True))
+            return np.broadcast_to(self.status[0], shape)
+        chunks = (array.encoding.get("chunks") or array.shape)[:ndim]
+        grid = tuple(-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True))
         if self.status.size == prod(grid):
             codes = self.status.reshape(grid)
         elif self.status.size == grid[0]:
-            codes = self.status.reshape(-1, *(1,) * (array.ndim - 1))
+            codes = self.status.reshape(-1, *(1,) * (ndim - 1))
         else:
             return None
         for axis, chunk in enumerate(chunks):
             if codes.shape[axis] > 1:
-                codes = np.repeat(codes, chunk, axis=axis).take(range(array.shape[axis]), axis=axis)
-        return np.broadcast_to(codes, array.shape)
+                codes = np.repeat(codes, chunk, axis=axis).take(range(shape[axis]), axis=axis)
+        return np.broadcast_to(codes, shape)
 
     def states(self, metric: str, recorded: Recorded, *, chunk_samples: int) -> CellStates:
         """Reduce one metric over samples with Dask: one state per block of samples, merged in a tree."""

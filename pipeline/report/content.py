@@ -15,6 +15,7 @@ from pipeline.effects.experiment import NOT_EXPERIMENTS, group_names, open_group
 from pipeline.effects.inference import Interval, bootstrap_mean, resample_counts
 from pipeline.effects.maps import ALL_PAIRS
 from pipeline.effects.state import GroupedMoments, Key
+from pipeline.fields import field_dims_of
 from pipeline.permissions import array_name
 from pipeline.store import Place, locate
 
@@ -57,10 +58,10 @@ class Sweep:
             attrs=attrs,
             config=config,
             samples=open_group(place, "samples").load() if "samples" in groups else None,
-            baseline=open_group(place, "baseline").load() if "baseline" in groups else None,
+            baseline=_scalars(open_group(place, "baseline")).load() if "baseline" in groups else None,
             previews=open_group(place, "previews") if "previews" in groups else None,
             experiments={n: open_group(place, n) for n in names},
-            effects={n: open_group(place, f"effects/{n}").load() for n in names if n in computed},
+            effects={n: _scalars(open_group(place, f"effects/{n}")).load() for n in names if n in computed},
             missing=_missing(groups, names, computed),
         )
 
@@ -132,6 +133,16 @@ def as_mapping(text: object) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def fields_of(dataset: xr.Dataset) -> list[str]:
+    """List the variables of a group that are a field, which no figure shows."""
+    return [str(n) for n, v in dataset.data_vars.items() if field_dims_of(map(str, v.dims))]
+
+
+def _scalars(dataset: xr.Dataset) -> xr.Dataset:
+    # Fields may be larger than memory.
+    return dataset.drop_vars(fields_of(dataset))
 
 
 def _missing(groups: set[str], names: list[str], computed: set[str]) -> list[str]:

@@ -278,13 +278,18 @@ class _Verification:
         if group == BASELINE:
             estimates = sum(int(np.isnan(v).sum()) for path, v in values.items() if path.endswith(f"/{ESTIMATE}"))
             recorded = {p: v for p, v in values.items() if p.startswith(f"{BASELINE}/")}
-            return estimates + count_failed(recorded)
+            return estimates + count_failed(recorded, 1)
+        axes = self.contents.cell_axes(self.contents.metrics[group][0])
         if group not in self.contents.screened:
-            return count_failed(values)
+            return count_failed(values, axes)
         count, width = self.contents.windows(group)
         start = (index % count) * width
         chosen = self.store.chosen(group, start, start + width)
-        return None if chosen is None else count_failed({p: v.ravel()[chosen] for p, v in values.items()})
+        return (
+            None
+            if chosen is None
+            else count_failed({p: v.reshape(chosen.size, *v.shape[axes:])[chosen] for p, v in values.items()}, 1)
+        )
 
     def _write_status(self, group: str, states: NDArray[np.uint8]) -> None:
         self.lease.check()
