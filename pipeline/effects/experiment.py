@@ -28,6 +28,7 @@ from pipeline.store import Place, locate
 Unit = Literal["prompt", "sample"]
 Floats = NDArray[np.float64]
 
+ALL_PAIRS = "all"
 NOT_EXPERIMENTS = frozenset({"samples", "baseline", "previews", "effects"})
 
 
@@ -72,11 +73,17 @@ def no_zarr_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """Metrics of the recorded runs per sample, and the experimental unit each sample belongs to."""
+    """Metrics of the recorded runs per sample, and the experimental unit each sample belongs to.
+
+    Attributes
+    ----------
+    clean, corrupted : metrics with one number a run. fields : names of those with a field, which are not read.
+    """
 
     keys: tuple[Key, ...]
     clean: dict[str, Floats]
     corrupted: dict[str, Floats]
+    fields: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, place: Place, unit: Unit) -> Recorded:
@@ -102,6 +109,7 @@ class Recorded:
             keys=keys,
             clean={m: v[:, runs["clean"]] for m, v in values.items()},
             corrupted={m: v[:, runs["corrupted"]] for m, v in values.items()},
+            fields=tuple(str(n) for n, v in baseline.data_vars.items() if field_dims_of(map(str, v.dims))),
         )
 
     @property
@@ -254,7 +262,7 @@ class Experiment:
         return state
 
     def _pairing(self, metric: str, recorded: Recorded) -> dict[str, Any]:
-        index = self._sample_positions(len(recorded.keys))
+        index = self.sample_positions()
         clean, corrupted = recorded.clean[metric][index], recorded.corrupted[metric][index]
         status = self.cell_status(metric)
         due = np.zeros(self.dataset[metric].shape, bool) if status is None else status != PENDING
@@ -266,9 +274,10 @@ class Experiment:
             "due": due & self.verified,
         }
 
-    def _sample_positions(self, total: int) -> NDArray[np.int64]:
+    def sample_positions(self) -> NDArray[np.int64]:
+        """Return the number of each of the experiment's samples among all samples."""
         if "sample" not in self.dataset.coords:
-            return np.arange(total)
+            return np.arange(self.dataset.sizes["sample"])
         return np.asarray(self.dataset["sample"].values, dtype=np.int64)
 
 

@@ -28,7 +28,8 @@ class Sweep:
     ----------
     attrs : root attributes. config : the sweep config from them.
     experiments : experiment groups in config order, metrics not loaded. effects : their effects.
-    missing : sentences about what is not there.
+    missing : sentences about what is not there. fields : by experiment, its metrics with a field a cell, which are not
+        read, with the dimensions of the field.
     """
 
     attrs: dict[str, Any]
@@ -39,6 +40,7 @@ class Sweep:
     experiments: dict[str, xr.Dataset]
     effects: dict[str, xr.Dataset]
     missing: list[str] = field(default_factory=list)
+    fields: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, place: Place) -> Sweep:
@@ -53,6 +55,7 @@ class Sweep:
         attrs = dict(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False).attrs)
         config = as_mapping(attrs.get("config_json"))
         names = in_order(groups - NOT_EXPERIMENTS, config.get("experiments", {}))
+        experiments = {n: open_group(place, n) for n in names}
         computed = set(group_names(place, "effects")) if "effects" in groups else set()
         return cls(
             attrs=attrs,
@@ -60,9 +63,10 @@ class Sweep:
             samples=open_group(place, "samples").load() if "samples" in groups else None,
             baseline=_scalars(open_group(place, "baseline")).load() if "baseline" in groups else None,
             previews=open_group(place, "previews") if "previews" in groups else None,
-            experiments={n: open_group(place, n) for n in names},
+            experiments=experiments,
             effects={n: _scalars(open_group(place, f"effects/{n}")).load() for n in names if n in computed},
             missing=_missing(groups, names, computed),
+            fields={n: fields_of(dataset) for n, dataset in experiments.items()},
         )
 
     @property
@@ -135,9 +139,10 @@ def as_mapping(text: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def fields_of(dataset: xr.Dataset) -> list[str]:
-    """List the variables of a group that are a field, which no figure shows."""
-    return [str(n) for n, v in dataset.data_vars.items() if field_dims_of(map(str, v.dims))]
+def fields_of(dataset: xr.Dataset) -> dict[str, tuple[str, ...]]:
+    """Return the variables of a group that are a field, which no figure shows, with the dimensions of the field."""
+    found = {str(n): field_dims_of(map(str, v.dims)) for n, v in dataset.data_vars.items()}
+    return {name: dims for name, dims in sorted(found.items()) if dims}
 
 
 def _scalars(dataset: xr.Dataset) -> xr.Dataset:

@@ -112,6 +112,17 @@ def test_a_lost_field_chunk_is_computed_again_to_the_same_bits(store):
     assert after["skip/change_map"].tobytes() == before["skip/change_map"].tobytes()
 
 
+def test_commands_read_it_to_the_end(store, tmp_path, capsys):
+    assert main(["effects", str(store), "--replicates", "20"]) == 0
+    assert main(["report", str(store), "--out", str(tmp_path / "report")]) == 0
+    assert main(["status", str(store)]) == 0
+    assert main(["verify", str(store)]) == 0
+    assert main(["export", str(store), str(tmp_path / "copy.zarr.zip")]) == 0
+    effects = zarr.open_group(str(store), mode="r")["effects/skip/frame_change_difference"]
+    expected = np.asarray(zarr.open_group(str(store), mode="r")["skip/frame_change"]).mean(axis=0)
+    np.testing.assert_allclose(np.asarray(effects)[0], expected, rtol=1e-5, atol=1e-7)
+
+
 def test_the_config_says_only_the_names(store):
     config = json.loads(open_store(store).root.attrs["config_json"])
     assert config["metrics"] == ["change_map", "goal_evidence", "latent_distance", "frame_change"]
