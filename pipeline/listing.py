@@ -54,7 +54,8 @@ def tasks() -> Iterator[str]:
             yield f"  {key} = {'required' if info.is_required() else repr(info.default)}"
     yield "metrics:"
     for metric in METRICS.values():
-        yield f"  {metric.name} ({', '.join(metric.tasks) or 'any task'}): {metric.description}"
+        field = f"; a field over {', '.join(metric.dims)}" if metric.dims else ""
+        yield f"  {metric.name} ({', '.join(metric.tasks) or 'any task'}{field}): {metric.description}"
 
 
 def interventions(kind: str | None = None) -> Iterator[str]:

@@ -117,10 +117,12 @@ def _arrays(metric: Metric) -> tuple[str, ...]:
 def _coordinates() -> dict[str, str]:
     """Return what else lies in the groups of a store: axes are fields of the intervention kinds."""
     from interventions.base import KINDS
+    from pipeline.fields import FIELD_DIMS
     from pipeline.precision import LOOK, LOOK_SAMPLES, STOPPED
     from pipeline.screening import DRAWN, ESTIMATE, EXACT
 
     names = {"sample", "run", "sigma", "status", "pair", ESTIMATE, EXACT, DRAWN, STOPPED, LOOK, LOOK_SAMPLES}
+    names |= set(FIELD_DIMS)
     names |= {field for cls in KINDS.values() for field in cls.model_fields}
     return dict.fromkeys(names, "an array of every store")
 

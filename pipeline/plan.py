@@ -16,6 +16,7 @@ from interventions.sites import RUNS, Geometry, RunName, Site
 from pipeline.call import argument_problems
 from pipeline.config import DEFAULT_ROWS, ConfigError, SweepConfig, format_problems, overridden_keys
 from pipeline.experiment import Experiment, ExperimentError, Grid, Problem, parse
+from pipeline.fields import field_shape
 from pipeline.layout import BASELINE as BASELINE
 from pipeline.layout import Layout, Windows
 from pipeline.layout import Unit as Unit
@@ -107,6 +108,15 @@ class Plan:
     def metrics(self) -> list[Metric]:
         """The metrics, in config order."""
         return [METRICS[name] for name in self.config.metrics]
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the latents."""
+        return self.task.latent_shape(self.model)
+
+    def field_shape(self, metric: Metric) -> tuple[int, ...]:
+        """Return the shape of a metric's value in one cell; () for one number."""
+        return field_shape(metric.dims, self.latent_shape) if metric.dims else ()
 
     @cached_property
     def by_name(self) -> dict[str, Grid]:
@@ -235,10 +245,15 @@ class Plan:
             least_cells=cells * n - sum(k * self.by_name[name].cells for name, k in saved.items()),
             least_row_forwards=forwards * n - sum(k * self._group_forwards(name) for name, k in saved.items()),
             naive_row_forwards=(stored + 2) * n * self.geometry.steps * branches,
-            bytes=4 * n * (len(self.metrics) * (stored + 2 * (self.geometry.steps + 1)) + estimates)
+            bytes=4 * n * (sum(self._stored_values(metric, stored) for metric in self.metrics) + estimates)
             + self._preview_bytes(),
             estimates=estimates * n,
         )
+
+    def _stored_values(self, metric: Metric, cells: int) -> int:
+        """Return how many numbers of a metric a sample has; only one number a row is kept by step."""
+        by_step = 0 if metric.dims else len(RUNS) * self.geometry.steps
+        return math.prod(self.field_shape(metric)) * (cells + len(RUNS)) + by_step
 
     def screening_forwards(self) -> int:
         """Return the row-forwards of screening one sample, a backward counted as two."""

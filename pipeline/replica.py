@@ -18,7 +18,7 @@ from interventions.families.family import family_of
 from interventions.kinds.patch import Patch
 from interventions.record import Fork, Record
 from interventions.screen import screen
-from interventions.sites import RUNS
+from interventions.sites import RUNS, RunName
 from pipeline import gpu_memory
 from pipeline.batching import indivisible, rows_for
 from pipeline.conditioning import Conditioning
@@ -75,7 +75,6 @@ class Computer:
         self.engine = Engine(pipe, family_of(type(pipe).__name__), shares=not plain, replays=not plain)
         self._records: OrderedDict[tuple[int, int], Record] = OrderedDict()
         self._kept = RECORDS_KEPT
-        self._reads_video = any(metric.reads_video for metric in plan.metrics)
 
     def record(self, sample: int, seed: int = 0) -> Record:
         """Return the recorded clean and corrupted run of a sample, from memory if it is there.
@@ -111,15 +110,17 @@ class Computer:
         rows = self.plan.interventions(unit)
         grid = self.plan.by_name[unit.group]
         kept = np.flatnonzero(chosen)
-        values = {m.name: np.full(len(rows), np.nan, dtype=np.float32) for m in self.plan.metrics}
+        fields = {m.name: self.plan.field_shape(m) for m in self.plan.metrics}
+        values = {name: np.full((len(rows), *field), np.nan, dtype=np.float32) for name, field in fields.items()}
         for batch in self.plan.batches([rows[i] for i in kept]):
             record = self.record(unit.sample)
-            fork = self.fork(unit.sample, [rows[i] for i in kept[batch]])
-            measured = self.measure(record, fork.final, self.plan.samples[unit.sample])
+            cells = [rows[i] for i in kept[batch]]
+            fork = self.fork(unit.sample, cells)
+            measured = self.measure(record, fork.final, self.plan.samples[unit.sample], [c.recipient for c in cells])
             for name, value in measured.items():
                 values[name][kept[batch]] = value
         shape = (unit.stop - unit.start, *grid.shape[1:]) if grid.shape else ()
-        return {name: value.reshape(shape) for name, value in values.items()}
+        return {name: value.reshape((*shape, *fields[name])) for name, value in values.items()}
 
     def estimates(self, grid: Grid, sample: int) -> NDArray[np.float32]:
         """Estimate the effect of every cell of a screened grid; see ``_create_screening`` of the store."""
@@ -137,13 +138,16 @@ class Computer:
         return values.reshape(grid.shape)
 
     def baseline(self, sample: int) -> dict[str, NDArray[np.float32]]:
-        """Compute every metric of the recorded runs, final and at every step's clean estimate."""
+        """Compute every metric of the recorded runs, final and, unless a field, at every step's clean estimate."""
         record = self.record(sample)
         about = self.plan.samples[sample]
-        values = dict(self.measure(record, record.final, about))
-        by_step = [self.measure(record, _with_given_frames(record, x0_hat), about) for x0_hat in record.x0_hat]
-        for name in list(values):
-            values[f"{name}_by_step"] = np.stack([step[name] for step in by_step], axis=1)
+        values = dict(self.measure(record, record.final, about, RUNS))
+        scalars = [metric for metric in self.plan.metrics if not metric.dims]
+        by_step = [
+            self.measure(record, _with_given_frames(record, x0_hat), about, RUNS, scalars) for x0_hat in record.x0_hat
+        ]
+        for metric in scalars:
+            values[f"{metric.name}_by_step"] = np.stack([step[metric.name] for step in by_step], axis=1)
         return values
 
     def previews(self, sample: int) -> NDArray[np.uint8]:
@@ -154,17 +158,32 @@ class Computer:
         films.append(self._patched_film(sample, self.plan.patched) if self.plan.patched is not None else blank)
         return np.stack([np.stack(film) for film in films])
 
-    def measure(self, record: Record, latents: Any, sample: Sample) -> dict[str, NDArray[np.float32]]:
-        """Evaluate every metric on latents (rows, C, F, H, W); a value that is not finite becomes NaN."""
+    def measure(
+        self,
+        record: Record,
+        latents: Any,
+        sample: Sample,
+        recipients: Sequence[RunName] = (),
+        metrics: Sequence[Metric] | None = None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """Evaluate metrics on latents (rows, C, F, H, W); a value that is not finite becomes NaN.
+
+        Parameters
+        ----------
+        recipients : the run that each row changed, for metrics that ask for it. metrics : all of the plan by default.
+        """
+        metrics = self.plan.metrics if metrics is None else metrics
+        reads_video = any(metric.reads_video for metric in metrics)
         both = record.final.float().cpu().numpy()
         given = MetricInput(
-            video=self.plan.task.video(self.pipe, latents) if self._reads_video else no_video(len(latents)),
+            video=self.plan.task.video(self.pipe, latents) if reads_video else no_video(len(latents)),
             latents=latents.float().cpu().numpy(),
             clean=both[record.row("clean")],
             corrupted=both[record.row("corrupted")],
             sample=sample,
+            recipients=tuple(recipients),
         )
-        return {m.name: _finite(m, given) for m in self.plan.metrics}
+        return {m.name: _finite(m, given) for m in metrics}
 
     def _frames(self, record: Record, latents: Any) -> NDArray[np.uint8]:
         given = _with_given_frames(record, latents)
@@ -212,7 +231,7 @@ class Replica:
 
     def _baseline(self, unit: Unit) -> Receipt:
         values = self.computer.baseline(unit.sample)
-        failed = count_failed(values)
+        failed = count_failed(values, 1)
         regions: list[tuple[str, dict[str, NDArray[Any]], int]] = [(BASELINE, {**values}, unit.sample)]
         for grid in self.plan.screened:
             estimates = self.computer.estimates(grid, unit.sample)
@@ -238,9 +257,12 @@ class Replica:
         (values, forwards), used = self.rows.run(lambda limit: self._compute(unit, chosen, limit))
         digest = digest_of({f"{unit.group}/{name}": value for name, value in values.items()})
         written = self.store.write_cells(unit.group, values, unit.sample, unit.start, unit.stop)
+        fields = {metric.name: self.plan.field_shape(metric) for metric in self.plan.metrics}
         return Receipt(
             cells=int(chosen.sum()),
-            failed=count_failed({name: value.ravel()[chosen] for name, value in values.items()}),
+            failed=count_failed(
+                {name: value.reshape((count, *fields[name]))[chosen] for name, value in values.items()}, 1
+            ),
             bytes=written,
             digest=digest,
             row_forwards=forwards,

@@ -52,10 +52,11 @@ def write_unit(store: Store, plan: Plan, unit: Unit, holes: int = 0) -> dict[str
     if unit.group == BASELINE:
         own = {}
         for metric in plan.metrics:
-            own[metric.name] = rng.standard_normal(2).astype(np.float32)
-            own[f"{metric.name}_by_step"] = rng.standard_normal((2, plan.geometry.steps)).astype(np.float32)
-            own[metric.name][:holes] = np.nan
-        failed = count_failed(own)
+            own[metric.name] = rng.standard_normal((2, *plan.field_shape(metric))).astype(np.float32)
+            if not metric.dims:
+                own[f"{metric.name}_by_step"] = rng.standard_normal((2, plan.geometry.steps)).astype(np.float32)
+            _spoil(own[metric.name], range(holes))
+        failed = count_failed(own, 1)
         regions.append((BASELINE, own, unit.sample))
         for grid in plan.screened:
             estimates = rng.standard_normal(grid.shape).astype(np.float32)
@@ -74,15 +75,22 @@ def write_unit(store: Store, plan: Plan, unit: Unit, holes: int = 0) -> dict[str
             found = store.chosen(unit.group, unit.start, unit.stop)
             assert found is not None
             chosen = found
-        cells = {m.name: rng.standard_normal(chosen.size).astype(np.float32) for m in plan.metrics}
+        fields = {m.name: plan.field_shape(m) for m in plan.metrics}
+        cells = {name: rng.standard_normal((chosen.size, *f)).astype(np.float32) for name, f in fields.items()}
         for values in cells.values():
             values[~chosen] = np.nan
-            values[np.flatnonzero(chosen)[:holes]] = np.nan
-        failed = count_failed({name: values[chosen] for name, values in cells.items()})
-        shaped = {name: values.reshape(shape) for name, values in cells.items()}
+            _spoil(values, np.flatnonzero(chosen)[:holes])
+        failed = count_failed({name: values[chosen] for name, values in cells.items()}, 1)
+        shaped = {name: values.reshape((*shape, *fields[name])) for name, values in cells.items()}
         digest = digest_of({f"{unit.group}/{name}": value for name, value in shaped.items()})
         written = store.write_cells(unit.group, shaped, unit.sample, unit.start, unit.stop)
     return {"group": unit.group, "index": unit.index, "failed": failed, "bytes": written, "digest": digest}
+
+
+def _spoil(values: np.ndarray, cells: Any) -> None:
+    """Leave cells without a value; of a field, without one at two positions."""
+    for cell in cells:
+        values.reshape(len(values), -1)[cell, :2] = np.nan
 
 
 def choose(store: Store, plan: Plan) -> None:

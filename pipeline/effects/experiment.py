@@ -19,6 +19,7 @@ from dask.delayed import Delayed, delayed
 from numpy.typing import NDArray
 
 from pipeline.effects.state import GroupedMoments, Key
+from pipeline.fields import axes_of, field_dims_of
 from pipeline.precision import HAS_STOPPED, LOOK_SAMPLES, STOPPED
 from pipeline.screening import ESTIMATE, EXACT, VERIFIED
 from pipeline.store import DONE as DONE
@@ -29,6 +30,7 @@ from pipeline.store import Place, locate
 Unit = Literal["prompt", "sample"]
 Floats = NDArray[np.float64]
 
+ALL_PAIRS = "all"
 NOT_EXPERIMENTS = frozenset({"samples", "baseline", "previews", "effects"})
 
 
@@ -73,11 +75,17 @@ def no_zarr_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """Metrics of the recorded runs per sample, and the experimental unit each sample belongs to."""
+    """Metrics of the recorded runs per sample, and the experimental unit each sample belongs to.
+
+    Attributes
+    ----------
+    clean, corrupted : metrics with one number a run. fields : names of those with a field, which are not read.
+    """
 
     keys: tuple[Key, ...]
     clean: dict[str, Floats]
     corrupted: dict[str, Floats]
+    fields: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, place: Place, unit: Unit) -> Recorded:
@@ -103,6 +111,7 @@ class Recorded:
             keys=keys,
             clean={m: v[:, runs["clean"]] for m, v in values.items()},
             corrupted={m: v[:, runs["corrupted"]] for m, v in values.items()},
+            fields=tuple(str(n) for n, v in baseline.data_vars.items() if field_dims_of(map(str, v.dims))),
         )
 
     @property
@@ -158,7 +167,16 @@ class Experiment:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the stored metrics."""
+        """Names of the stored metrics with one number a cell."""
+        return [name for name in self._measured if not field_dims_of(map(str, self.dataset[name].dims))]
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the stored metrics with a field a cell."""
+        return [name for name in self._measured if field_dims_of(map(str, self.dataset[name].dims))]
+
+    @property
+    def _measured(self) -> list[str]:
         found = [str(n) for n, v in self.dataset.data_vars.items() if v.dims[:1] == ("sample",) and v.dtype.kind == "f"]
         return [name for name in found if not (self.screened and name == ESTIMATE)]
 
@@ -184,7 +202,7 @@ class Experiment:
     @property
     def axes(self) -> tuple[str, ...]:
         """Dimensions of a cell, in stored order."""
-        return tuple(str(d) for d in self.dataset[self.metrics[0]].dims[1:])
+        return axes_of(str(d) for d in self.dataset[self._measured[0]].dims[1:])
 
     @property
     def contrast(self) -> bool:
@@ -218,21 +236,22 @@ class Experiment:
 
         A unit of work writes whole chunks, so units are the chunks in C order, or all chunks of one sample.
         """
-        array = self.dataset[metric]
+        array, ndim = self.dataset[metric], 1 + len(self.axes)
+        shape = array.shape[:ndim]
         if (self.status == self.status[0]).all():
-            return np.broadcast_to(self.status[0], array.shape)
-        chunks = array.encoding.get("chunks") or array.shape
-        grid = tuple(-(-size // chunk) for size, chunk in zip(array.shape, chunks, strict=True))
+            return np.broadcast_to(self.status[0], shape)
+        chunks = (array.encoding.get("chunks") or array.shape)[:ndim]
+        grid = tuple(-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True))
         if self.status.size == prod(grid):
             codes = self.status.reshape(grid)
         elif self.status.size == grid[0]:
-            codes = self.status.reshape(-1, *(1,) * (array.ndim - 1))
+            codes = self.status.reshape(-1, *(1,) * (ndim - 1))
         else:
             return None
         for axis, chunk in enumerate(chunks):
             if codes.shape[axis] > 1:
-                codes = np.repeat(codes, chunk, axis=axis).take(range(array.shape[axis]), axis=axis)
-        return np.broadcast_to(codes, array.shape)
+                codes = np.repeat(codes, chunk, axis=axis).take(range(shape[axis]), axis=axis)
+        return np.broadcast_to(codes, shape)
 
     def states(self, metric: str, recorded: Recorded, *, chunk_samples: int) -> CellStates:
         """Reduce one metric over samples with Dask: one state per block of samples, merged in a tree."""
@@ -252,7 +271,7 @@ class Experiment:
         return state
 
     def _pairing(self, metric: str, recorded: Recorded) -> dict[str, Any]:
-        index = self._sample_positions(len(recorded.keys))
+        index = self.sample_positions()
         clean, corrupted = recorded.clean[metric][index], recorded.corrupted[metric][index]
         status = self.cell_status(metric)
         due = np.zeros(self.dataset[metric].shape, bool) if status is None else status != PENDING
@@ -264,9 +283,10 @@ class Experiment:
             "due": due & self.computed,
         }
 
-    def _sample_positions(self, total: int) -> NDArray[np.int64]:
+    def sample_positions(self) -> NDArray[np.int64]:
+        """Return the number of each of the experiment's samples among all samples."""
         if "sample" not in self.dataset.coords:
-            return np.arange(total)
+            return np.arange(self.dataset.sizes["sample"])
         return np.asarray(self.dataset["sample"].values, dtype=np.int64)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.effects import sequential
 from pipeline.effects.agreement import ATTRIBUTE, agreement
+from pipeline.effects.experiment import ALL_PAIRS as ALL_PAIRS
 from pipeline.effects.experiment import (
     DONE,
     FAILED,
@@ -29,6 +31,8 @@ from pipeline.effects.experiment import (
     experiment_names,
     group_names,
 )
+from pipeline.effects.fields import METHOD as FIELD_METHOD
+from pipeline.effects.fields import FieldMetric, computing, field_variables
 from pipeline.effects.inference import (
     SMALLEST_GAP,
     benjamini_hochberg,
@@ -39,12 +43,12 @@ from pipeline.effects.inference import (
     sign_flips,
 )
 from pipeline.effects.state import GroupedMoments, Key, Moments
+from pipeline.fields import FIELD_DIMS
 from pipeline.screening import DRAWN, ESTIMATE, EXACT
 from pipeline.store import CODEC, Place, consolidate, locate
 
 log = logging.getLogger(__name__)
 
-ALL_PAIRS = "all"
 ESTIMANDS = {
     "difference": (
         "mean over experimental units of (metric in the cell - metric of the recipient run), "
@@ -113,7 +117,8 @@ def compute_effects(
         as a unit of its own, which makes intervals too narrow unless each prompt has one seed.
     replicates : bootstrap replicates, and the most sign patterns of the test.
     level : confidence level of the intervals.
-    chunk_samples : samples read at once; memory grows with it times the cells of a sample.
+    chunk_samples : samples read at once; memory grows with it times the cells of a sample. Of fields, which are read
+        chunk by chunk, the samples of one task.
 
     Returns
     -------
@@ -126,9 +131,12 @@ def compute_effects(
     settings = Settings(unit=unit, replicates=replicates, seed=seed, level=level)
     written = []
     for name in names:
-        effects = estimate(Experiment.open(place, name), recorded, settings, chunk_samples=chunk_samples)
+        experiment = Experiment.open(place, name)
+        fields = [FieldMetric.open(place, experiment, m, recorded) for m in experiment.fields if m in recorded.fields]
+        effects = estimate(experiment, recorded, settings, fields, chunk_samples=chunk_samples)
         if effects is not None:
-            written.append(_write(place, f"effects/{name}", effects))
+            with computing(fields):
+                written.append(_write(place, f"effects/{name}", effects))
     consolidate(place)
     return written
 
@@ -146,23 +154,40 @@ def open_effects(place: Place) -> xr.DataTree:
 
 
 def estimate(
-    experiment: Experiment, recorded: Recorded, settings: Settings, *, chunk_samples: int = 64
+    experiment: Experiment,
+    recorded: Recorded,
+    settings: Settings,
+    fields: Sequence[FieldMetric] = (),
+    *,
+    chunk_samples: int = 64,
 ) -> xr.Dataset | None:
-    """Estimate the effects of one experiment; None when nothing in it can be compared with a recorded run."""
+    """Estimate the effects of one experiment; None when nothing in it can be compared with a recorded run.
+
+    Parameters
+    ----------
+    fields : metrics that are a field; their maps are lazy.
+    """
     unpaired = [m for m in experiment.metrics if m not in recorded.clean]
+    unpaired += [m for m in experiment.fields if m not in recorded.fields]
     metrics = [m for m in experiment.metrics if m in recorded.clean]
     if unpaired:
         log.warning("experiment %r: no baseline for metrics %s; they get no effects", experiment.name, unpaired)
-    if not metrics:
+    if not metrics and not fields:
         return None
     states = {m: experiment.states(m, recorded, chunk_samples=chunk_samples) for m in metrics}
     variables: dict[str, xr.Variable] = {}
     for metric, state in states.items():
         variables |= _metric_variables(experiment, metric, state, recorded, settings)
+    for field in fields:
+        for name, (dims, values) in field_variables(field, settings.level, chunk_samples).items():
+            about = _describe(field.name, name, settings)
+            variables[f"{field.name}_{name}"] = xr.Variable(dims, values, about)
     attrs = {k: v for k, v in experiment.dataset.attrs.items() if not k.startswith("_")} | settings.attrs()
     if (looks := sequential.looks_of(experiment.dataset.attrs)) is not None:
         attrs |= sequential.describe(settings.unit, settings.level, looks)
     attrs |= _counts(experiment, recorded, unpaired)
+    if fields:
+        attrs["method_fields"] = FIELD_METHOD.format(unit=settings.unit)
     if experiment.screened:
         variables |= _screening(experiment, recorded, chunk_samples)
         attrs[ATTRIBUTE] = json.dumps(agreement(experiment, states))
@@ -296,7 +321,7 @@ def _counts(experiment: Experiment, recorded: Recorded, unpaired: list[str]) -> 
 def _coordinates(experiment: Experiment, recorded: Recorded) -> dict[str, Any]:
     found: dict[str, Any] = {"pair": ("pair", np.array(_pair_names(recorded), dtype=object))}
     for name, coordinate in experiment.dataset.variables.items():
-        of_cells = coordinate.dims and set(coordinate.dims) <= set(experiment.axes)
+        of_cells = coordinate.dims and set(coordinate.dims) <= {*experiment.axes, *FIELD_DIMS}
         if name in ("sample", "status", EXACT, DRAWN) or not of_cells:
             continue
         values = coordinate.values

@@ -72,4 +72,4 @@ def _read_only(given: MetricInput) -> MetricInput:
     for field in ("video", "latents", "clean", "corrupted"):
         views[field] = getattr(given, field).view()
         views[field].flags.writeable = False
-    return MetricInput(**views, sample=given.sample)
+    return MetricInput(**views, sample=given.sample, recipients=given.recipients)

@@ -15,6 +15,7 @@ from pipeline.effects.experiment import NOT_EXPERIMENTS, group_names, open_group
 from pipeline.effects.inference import Interval, bootstrap_mean, resample_counts
 from pipeline.effects.maps import ALL_PAIRS
 from pipeline.effects.state import GroupedMoments, Key
+from pipeline.fields import field_dims_of
 from pipeline.permissions import array_name
 from pipeline.store import Place, locate
 
@@ -27,7 +28,8 @@ class Sweep:
     ----------
     attrs : root attributes. config : the sweep config from them.
     experiments : experiment groups in config order, metrics not loaded. effects : their effects.
-    missing : sentences about what is not there.
+    missing : sentences about what is not there. fields : by experiment, its metrics with a field a cell, which are not
+        read, with the dimensions of the field.
     """
 
     attrs: dict[str, Any]
@@ -38,6 +40,7 @@ class Sweep:
     experiments: dict[str, xr.Dataset]
     effects: dict[str, xr.Dataset]
     missing: list[str] = field(default_factory=list)
+    fields: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, place: Place) -> Sweep:
@@ -52,16 +55,18 @@ class Sweep:
         attrs = dict(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False).attrs)
         config = as_mapping(attrs.get("config_json"))
         names = in_order(groups - NOT_EXPERIMENTS, config.get("experiments", {}))
+        experiments = {n: open_group(place, n) for n in names}
         computed = set(group_names(place, "effects")) if "effects" in groups else set()
         return cls(
             attrs=attrs,
             config=config,
             samples=open_group(place, "samples").load() if "samples" in groups else None,
-            baseline=open_group(place, "baseline").load() if "baseline" in groups else None,
+            baseline=_scalars(open_group(place, "baseline")).load() if "baseline" in groups else None,
             previews=open_group(place, "previews") if "previews" in groups else None,
-            experiments={n: open_group(place, n) for n in names},
-            effects={n: open_group(place, f"effects/{n}").load() for n in names if n in computed},
+            experiments=experiments,
+            effects={n: _scalars(open_group(place, f"effects/{n}")).load() for n in names if n in computed},
             missing=_missing(groups, names, computed),
+            fields={n: fields_of(dataset) for n, dataset in experiments.items()},
         )
 
     @property
@@ -132,6 +137,17 @@ def as_mapping(text: object) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def fields_of(dataset: xr.Dataset) -> dict[str, tuple[str, ...]]:
+    """Return the variables of a group that are a field, which no figure shows, with the dimensions of the field."""
+    found = {str(n): field_dims_of(map(str, v.dims)) for n, v in dataset.data_vars.items()}
+    return {name: dims for name, dims in sorted(found.items()) if dims}
+
+
+def _scalars(dataset: xr.Dataset) -> xr.Dataset:
+    # Fields may be larger than memory.
+    return dataset.drop_vars(fields_of(dataset))
 
 
 def _missing(groups: set[str], names: list[str], computed: set[str]) -> list[str]:

@@ -175,8 +175,10 @@ def _add_experiment(page: Page, sweep: Sweep, name: str) -> None:
     page.add(f"<p>{kind}. {text(tables.recipient_sentence(effects))}</p>")
     if effects.attrs.get("formula"):
         page.add(f'<div class="formula">{text(effects.attrs["formula"])}</div>')
+    if sweep.fields.get(name):
+        page.add(f'<p class="fine">{text(_fields_sentence(sweep, name))}</p>')
     if not metrics:
-        page.add("<p>No metric of this experiment has effects.</p>")
+        page.add("<p>No metric of this experiment has effects that can be drawn.</p>")
         return
     pending = int(effects.attrs.get("units_pending", 0))
     if pending:
@@ -189,6 +191,11 @@ def _add_experiment(page: Page, sweep: Sweep, name: str) -> None:
     page.add(_details("Strongest cells", tables.strongest_cells(sweep, name, metrics[0])))
     for summary, content in _folded(page, sweep, name, metrics):
         page.add(_details(summary, content))
+
+
+def _fields_sentence(sweep: Sweep, name: str) -> str:
+    shown = "; ".join(f"{metric} over {', '.join(dims)}" for metric, dims in sweep.fields[name].items())
+    return f"Not drawn, as each cell has a field: {shown}. Their maps are in effects/{name} of the store."
 
 
 def _main_estimand(sweep: Sweep, name: str, metric: str) -> str:

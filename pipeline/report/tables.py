@@ -12,7 +12,8 @@ import yaml
 
 from pipeline.effects.experiment import FAILED, PENDING, recipients
 from pipeline.effects.inference import Interval
-from pipeline.report.content import Sweep, as_mapping, effect_metrics
+from pipeline.fields import axes_of
+from pipeline.report.content import Sweep, as_mapping
 from pipeline.report.figures import SIGNIFICANT, floor_of, pair_label
 from pipeline.report.views import SIGMA, gap_is_clear, strongest, view_of
 
@@ -187,13 +188,17 @@ def failures(sweep: Sweep) -> str:
         failed = "not computed"
         if name in sweep.effects:
             effects = sweep.effects[name]
-            per = {m: int(effects[f"{m}_failed"].sel(pair="all").sum()) for m in effect_metrics(effects)}
+            per = {m: int(effects[f"{m}_failed"].sel(pair="all").sum()) for m in _counted_metrics(effects)}
             failed = ", ".join(f"{sweep.long_name(m)}: {k:,}" for m, k in per.items() if k) or "0"
         cells = f"{_cells(dataset) * dataset.sizes.get('sample', 0):,}"
         rows.append([_text(name), cells, *(f"{units[k]:,}" for k in ("done", "failed", "pending")), _text(failed)])
     head = ["experiment", "cells", "units done", "units failed", "units pending", "failed cells"]
     note = "A failed cell was due and has no finite value. Its estimate leaves it out and rests on fewer prompts."
     return f"<p>{note}</p>" + _table(head, rows, numeric=1, last_text=True)
+
+
+def _counted_metrics(effects: xr.Dataset) -> list[str]:
+    return [str(n).removesuffix("_failed") for n in effects.data_vars if str(n).endswith("_failed")]
 
 
 def film_caption(sweep: Sweep, position: int) -> str:
@@ -225,7 +230,7 @@ def config_text(sweep: Sweep) -> str:
 
 def _cells(dataset: xr.Dataset) -> int:
     metric = next((v for v in dataset.data_vars.values() if v.dims[:1] == ("sample",) and v.dtype.kind == "f"), None)
-    return 0 if metric is None else int(np.prod(metric.shape[1:], dtype=np.int64))
+    return 0 if metric is None else int(np.prod([metric.sizes[d] for d in axes_of(metric.dims[1:])], dtype=np.int64))
 
 
 def _quoted(sample: xr.Dataset, name: str) -> str:

@@ -30,7 +30,16 @@ def digest_of(values: Mapping[str, NDArray[Any]]) -> str:
     return sha.hexdigest()[:DIGEST_CHARACTERS]
 
 
-def count_failed(values: Mapping[str, NDArray[np.float32]]) -> int:
-    """Count cells in which any metric is NaN; per-step arrays of the baseline are not cells."""
-    per_cell: Sequence[NDArray[np.bool_]] = [np.isnan(v) for k, v in values.items() if not k.endswith("_by_step")]
+def count_failed(values: Mapping[str, NDArray[np.float32]], axes: int | None = None) -> int:
+    """Count cells in which any metric is NaN; per-step arrays of the baseline are not cells.
+
+    Parameters
+    ----------
+    axes : leading dimensions that tell cells apart; what follows is one cell's field. All of them by default.
+    """
+    per_cell: Sequence[NDArray[np.bool_]] = [
+        np.asarray(np.isnan(v).any(axis=tuple(range(v.ndim if axes is None else axes, v.ndim))))
+        for k, v in values.items()
+        if not k.endswith("_by_step")
+    ]
     return int(np.logical_or.reduce(per_cell).sum()) if per_cell else 0

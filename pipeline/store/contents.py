@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.fields import axes_of
 from pipeline.plan import BASELINE
 from pipeline.precision import LOOK_SAMPLES, STOPPED
 from pipeline.screening import DRAWN, ESTIMATE, EXACT
 from pipeline.store.errors import CorruptedError, reading
 from pipeline.store.location import Location
-from pipeline.store.regions import Store, chunk_key
+from pipeline.store.regions import Store, chunk_key, has_axes
 
 EFFECTS, PREVIEWS = "effects", "previews"
 _LATER = ("agreement",)
@@ -177,9 +178,13 @@ class Contents:
     def windows(self, group: str) -> tuple[int, int]:
         """Return how many units one sample of an experiment has, and how many positions each of them takes."""
         array = self.store.array(self.metrics[group][0])
-        if array.ndim < 2:
+        if not has_axes(array):
             return 1, 1
         return -(-array.shape[1] // array.chunks[1]), array.chunks[1]
+
+    def cell_axes(self, path: str) -> int:
+        """Return how many leading dimensions tell the cells of one sample of an array apart; a field follows them."""
+        return len(axes_of(self._dims(path))) - 1
 
     def values(self, group: str, index: int) -> dict[str, NDArray[Any]]:
         """Read what a unit wrote, by the paths and in the shapes of ``digest_of``.
@@ -206,7 +211,7 @@ class Contents:
         array = self.store.array(path)
         position = (sample, window or 0, *[0] * array.ndim)[: array.ndim]
         with reading(self.store.location, path):
-            if window is None or array.ndim < 2:
+            if window is None or not has_axes(array):
                 values = np.asarray(array[sample])
             else:
                 width = array.chunks[1]

@@ -10,10 +10,16 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from pipeline.fields import axes_of
 from pipeline.precision import GOES_ON, HAS_STOPPED, NOT_LOOKED, STOPPED
 from pipeline.screening import DRAWN, ESTIMATE, ESTIMATED, EXACT, OPEN, VERIFIED, Selection
 from pipeline.store.errors import CorruptedError, StoreError, reading, writing
 from pipeline.store.location import Place, locate
+
+
+def has_axes(array: Any) -> bool:
+    """Whether an experiment's array has axes besides sample and those of a field, so that units are windows of it."""
+    return len(axes_of(array.metadata.dimension_names or range(array.ndim))) > 1
 
 
 def chunk_key(array: Any, position: tuple[int, ...]) -> str:
@@ -37,7 +43,7 @@ class Store:
     def write_cells(
         self, group: str, values: Mapping[str, NDArray[np.float32]], sample: int, start: int, stop: int
     ) -> int:
-        """Write one unit: for each metric an array (stop - start, *other axes), whole chunks only.
+        """Write one unit: for each metric an array (stop - start, *other axes, *field), whole chunks only.
 
         Returns
         -------
@@ -50,21 +56,22 @@ class Store:
         """
         for name, value in values.items():
             array = self.array(f"{group}/{name}")
-            lead = array.shape[1] if array.ndim > 1 else 1
+            windowed = has_axes(array)
+            lead = array.shape[1] if windowed else 1
             region = f"{group}/{name}[{sample}, {start}:{stop}]"
-            expected = (stop - start, *array.shape[2:]) if array.ndim > 1 else ()
+            expected = (stop - start, *array.shape[2:]) if windowed else array.shape[1:]
             if value.shape != expected:
                 raise StoreError(
                     f"region {region} has shape {expected}, the values have {value.shape}. Nothing was written."
                 )
             if not 0 <= start < stop <= lead:
                 raise StoreError(f"region {region} is not inside 0:{lead}. Nothing was written.")
-            if array.ndim > 1 and (start % array.chunks[1] or (stop % array.chunks[1] and stop != lead)):
+            if windowed and (start % array.chunks[1] or (stop % array.chunks[1] and stop != lead)):
                 raise StoreError(f"region {region} is not whole chunks of {array.chunks[1]}. Nothing was written.")
         for name, value in values.items():
             array = self.array(f"{group}/{name}")
             with writing(self.location, f"{group}/{name}[{sample}, {start}:{stop}]"):
-                if array.ndim > 1:
+                if has_axes(array):
                     array[sample, start:stop] = value
                 else:
                     array[sample] = value

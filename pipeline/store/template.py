@@ -17,6 +17,8 @@ from zarr.codecs import ZstdCodec
 from interventions.screen import FORMULA
 from interventions.sites import RUNS
 from pipeline.experiment import Grid
+from pipeline.fields import FIELD_DIMS
+from pipeline.metrics.metric import Metric
 from pipeline.metrics.objective import OBJECTIVES
 from pipeline.plan import BASELINE, Plan
 from pipeline.precision import (
@@ -178,15 +180,35 @@ def _step_coordinates(group: Any, plan: Plan, steps: tuple[int, ...]) -> None:
     group.attrs["coordinates"] = "sigma"
 
 
+def _field_coordinates(group: Any, plan: Plan) -> None:
+    used = {d for metric in plan.metrics for d in metric.dims}
+    for name, size in zip(FIELD_DIMS, plan.latent_shape if used else (0, 0, 0), strict=True):
+        if name in used:
+            about = {"long_name": name.replace("_", " "), "description": "position in the latents, from 0"}
+            _put(group, name, (name,), np.arange(size), **about)
+
+
+def _allocate_metric(
+    group: Any, plan: Plan, metric: Metric, dims: tuple[str, ...], shape: tuple[int, ...], chunks: tuple[int, ...]
+) -> None:
+    """Create a metric's array: the dimensions of its cells, then those of its field, which is never cut."""
+    field = plan.field_shape(metric)
+    about = {"long_name": metric.long_name, "units": "1", "description": metric.description}
+    _allocate(group, metric.name, (*dims, *metric.dims), (*shape, *field), (*chunks, *field), **about)
+
+
 def _create_baseline(root: Any, plan: Plan) -> None:
     n, steps = len(plan.samples), plan.geometry.steps
     group = root.create_group(BASELINE)
     _put(group, "sample", ("sample",), np.arange(n))
     _put(group, "run", ("run",), list(RUNS))
     _step_coordinates(group, plan, tuple(range(steps)))
+    _field_coordinates(group, plan)
     for metric in plan.metrics:
         about = {"long_name": metric.long_name, "units": "1", "description": metric.description}
-        _allocate(group, metric.name, ("sample", "run"), (n, 2), (1, 2), **about)
+        _allocate_metric(group, plan, metric, ("sample", "run"), (n, 2), (1, 2))
+        if metric.dims:
+            continue
         by_step = f"{metric.long_name} of the decoded clean estimate"
         _allocate(
             group,
@@ -255,9 +277,9 @@ def _create_experiment(root: Any, plan: Plan, grid: Grid) -> None:
             _put(group, name, (name,), list(values))
     width = plan.window(grid)
     chunks = (1, width, *grid.shape[1:]) if grid.shape else (1,)
+    _field_coordinates(group, plan)
     for metric in plan.metrics:
-        about = {"long_name": metric.long_name, "units": "1", "description": metric.description}
-        _allocate(group, metric.name, ("sample", *grid.dims), (n, *grid.shape), chunks, **about)
+        _allocate_metric(group, plan, metric, ("sample", *grid.dims), (n, *grid.shape), chunks)
     _status(group, plan.group_units(experiment.name))
     if experiment.screen is not None:
         _create_screening(group, plan, grid, experiment.screen)

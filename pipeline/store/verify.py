@@ -298,10 +298,11 @@ class _Verification:
         if group == BASELINE:
             estimates = sum(int(np.isnan(v).sum()) for path, v in values.items() if path.endswith(f"/{ESTIMATE}"))
             recorded = {p: v for p, v in values.items() if p.startswith(f"{BASELINE}/")}
-            return estimates + count_failed(recorded)
+            return estimates + count_failed(recorded, 1)
+        axes = self.contents.cell_axes(self.contents.metrics[group][0])
         look = self.contents.look_before(group, index) if group in self.contents.in_rounds else None
         if group not in self.contents.screened and look is None:
-            return count_failed(values)
+            return count_failed(values, axes)
         count, width = self.contents.windows(group)
         start = (index % count) * width
         if look is not None:
@@ -309,7 +310,9 @@ class _Verification:
             chosen = None if stopped is None else ~stopped.ravel()
         else:
             chosen = self.store.chosen(group, start, start + width)
-        return None if chosen is None else count_failed({p: v.ravel()[chosen] for p, v in values.items()})
+        if chosen is None:
+            return None
+        return count_failed({p: v.reshape(chosen.size, *v.shape[axes:])[chosen] for p, v in values.items()}, 1)
 
     def _write_status(self, group: str, states: NDArray[np.uint8]) -> None:
         self.lease.check()

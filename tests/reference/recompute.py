@@ -47,9 +47,9 @@ def worst_differences(store: Store, cells: int, seed: int) -> list[tuple[str, st
         loop = Loop(pipe, inputs, plan.geometry)
         clean, corrupted = loop.run(0)[0], loop.run(1)[0]
         reference = _Reference(torch.cat([clean, corrupted]), inputs.names)
-        found = measure.measure(reference, latents, plan.samples[sample])  # type: ignore[arg-type]
+        found = measure.measure(reference, latents, plan.samples[sample], [cell.recipient])  # type: ignore[arg-type]
         stored = {m: store.root[f"{name}/{m}"][(sample, *index)] for m in found}
-        worst = max(abs(float(stored[m]) - float(found[m][0])) for m in found)
+        worst = max(float(np.abs(stored[m] - found[m][0]).max()) for m in found)
         rows.append((name, repr(cell), worst))
     return rows
 
