@@ -323,13 +323,16 @@ def _experiment_problems(raw: Any) -> list[Problem]:
 
 
 def _precision_problems(config: SweepConfig | None) -> list[Problem]:
-    """Return where a precision is asked of a metric that is not computed."""
+    """Return where a precision is asked of a metric that is not computed, or has no one interval."""
     found: list[Problem] = []
     for name, entry in config.experiments.items() if config is not None else ():
         given = entry.get("precision")
         metric = given.get("metric") if isinstance(given, dict) else None
         if config is not None and isinstance(metric, str) and metric not in config.metrics:
             text = unknown("metric of this config", metric, config.metrics)
+            found.append((("experiments", name, "precision", "metric"), text))
+        elif isinstance(metric, str) and metric in METRICS and METRICS[metric].dims:
+            text = f"{metric} is a field, one number a {' and '.join(METRICS[metric].dims)}; use a metric of one number"
             found.append((("experiments", name, "precision", "metric"), text))
     return found
 

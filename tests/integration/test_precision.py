@@ -184,6 +184,11 @@ class TestConfig:
         assert where == f"experiments.map.precision{key}"
         assert re.search(message, text)
 
+    def test_a_field_has_no_one_interval(self, tmp_path):
+        text = MAZES.replace("metrics: [goal_evidence]", "metrics: [goal_evidence, change_map]")
+        (found,) = refusal(tmp_path, with_precision(text, "{half_width: 0.1, metric: change_map}"))
+        assert "experiments.map.precision.metric: change_map is a field, one number a frame and y and x" in found
+
     def test_screening_and_rounds_do_not_mix(self, tmp_path):
         screen = "\n    screen: {top: 0.5, metric: clean_projection}"
         (found,) = refusal(tmp_path, with_precision(MAZES, GOOD, screen))
