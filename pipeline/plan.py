@@ -34,6 +34,10 @@ MOST_SAMPLES = 250_000
 """Samples of a sweep, which the driver keeps in memory."""
 
 
+FIELD_CHUNK = 16 * 2**20
+"""Bytes of a field that a unit should not exceed: they are one chunk, of which effects hold eight times as much."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """What a plan computes and stores.
@@ -128,7 +132,11 @@ class Plan:
         if not grid.shape:
             return 1
         per_position = math.prod(grid.shape[1:]) * computed_cells(grid) / grid.cells
-        return min(grid.shape[0], max(1, round(self.config.unit_cells / per_position)))
+        width = round(self.config.unit_cells / per_position)
+        if any(metric.dims for metric in self.metrics):
+            largest = max(math.prod(self.field_shape(metric)) for metric in self.metrics)
+            width = min(width, FIELD_CHUNK // (4 * largest * math.prod(grid.shape[1:])))
+        return min(grid.shape[0], max(1, width))
 
     @cached_property
     def layout(self) -> Layout:

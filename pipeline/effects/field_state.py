@@ -53,7 +53,7 @@ class FieldMoments:
     m2: Floats
 
     @classmethod
-    def zero(cls, shape: tuple[int, int]) -> FieldMoments:
+    def zero(cls, shape: tuple[int, ...]) -> FieldMoments:
         """Return the state of no data at all."""
         return cls(np.zeros(shape), np.zeros(shape), np.zeros(shape))
 
@@ -97,7 +97,7 @@ class UnitMean:
     count: Floats
 
     @classmethod
-    def zero(cls, shape: tuple[int, int]) -> UnitMean:
+    def zero(cls, shape: tuple[int, ...]) -> UnitMean:
         """Return the sum of no samples."""
         return cls(np.zeros(shape), np.zeros(shape))
 

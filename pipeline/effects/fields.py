@@ -67,7 +67,7 @@ class FieldMetric:
     Attributes
     ----------
     values, baseline : the stored arrays, (sample, axes, field) and (sample, run, field).
-    due : (sample, axes), cells that should have a value.
+    due : (sample, axes), cells that should have a value. runs : (axes), position of the recipient along ``run``.
     """
 
     experiment: Experiment
@@ -151,34 +151,46 @@ class FieldMetric:
 
     def state(self, window: slice, block: tuple[Unit, ...]) -> WindowState:
         """Reduce one window of cells over a block of units."""
-        shape = prod(self.extent(window)), prod(self.field)
-        moments = {row: FieldMoments.zero(shape) for row in (ALL_PAIRS, *self.pairs)}
-        failed = {row: np.zeros(shape[0], np.int64) for row in moments}
+        cells, positions = prod(self.extent(window)), prod(self.field)
+        moments = {row: FieldMoments.zero((cells, positions)) for row in (ALL_PAIRS, *self.pairs)}
+        failed = {row: np.zeros(cells, np.int64) for row in moments}
         for unit in block:
-            alone = sum(len(samples) for _, samples in unit) == 1
-            whole = None if alone else UnitMean.zero(shape)
-            for pair, samples in unit:
-                rows = (ALL_PAIRS, pair) if self.pairs else (ALL_PAIRS,)
-                part = UnitMean.zero(shape) if whole is not None and self.pairs else None
-                for sample in samples:
-                    values, reference, finite = self._read(sample, window)
-                    if finite is not None:
-                        lost = self._due(sample, window) & ~finite.all(axis=1)
-                        for row in rows:
-                            failed[row] += lost
-                    for target in (whole, part) if whole is not None else map(moments.get, rows):
-                        if isinstance(target, UnitMean):
-                            target.add(values, reference, finite)
-                        elif isinstance(target, FieldMoments):
-                            target.take(values, reference, finite)
-                if part is not None:
-                    part.into(moments[pair])
-            if whole is not None:
-                whole.into(moments[ALL_PAIRS])
+            if sum(len(samples) for _, samples in unit) == 1:
+                ((pair, (sample,)),) = unit
+                seen = self._read(sample, window, failed, pair)
+                for row in self._rows(pair):
+                    moments[row].take(*seen)
+            else:
+                self._take_together(unit, window, moments, failed)
         return WindowState(tuple(moments.values()), np.stack(list(failed.values())))
 
-    def _read(self, sample: int, window: slice) -> tuple[NDArray[np.float32], NDArray[np.float32], Finite]:
-        """Return a window's values (cells, positions), those of the recipient run, and where both are finite."""
+    def _take_together(
+        self, unit: Unit, window: slice, moments: dict[str, FieldMoments], failed: dict[str, NDArray[np.int64]]
+    ) -> None:
+        """Take in a unit of several samples: their mean, over all and in each pair kind."""
+        shape = moments[ALL_PAIRS].n.shape
+        whole = UnitMean.zero(shape)
+        for pair, samples in unit:
+            part = UnitMean.zero(shape) if self.pairs else None
+            for sample in samples:
+                seen = self._read(sample, window, failed, pair)
+                whole.add(*seen)
+                if part is not None:
+                    part.add(*seen)
+            if part is not None:
+                part.into(moments[pair])
+        whole.into(moments[ALL_PAIRS])
+
+    def _rows(self, pair: str) -> tuple[str, ...]:
+        return (ALL_PAIRS, pair) if self.pairs else (ALL_PAIRS,)
+
+    def _read(
+        self, sample: int, window: slice, failed: dict[str, NDArray[np.int64]], pair: str
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Finite]:
+        """Return a window's values (cells, positions), those of the recipient run, and where both are finite.
+
+        Cells that are due and lack a value are counted in ``failed``.
+        """
         positions = prod(self.field)
         values = np.asarray(self.values[sample, window] if self.axes else self.values[sample]).reshape(-1, positions)
         recorded = np.asarray(self.baseline[int(self.numbers[sample])]).reshape(-1, positions)
@@ -186,10 +198,11 @@ class FieldMetric:
         reference = recorded[runs] if runs.size == 1 else recorded[self._of_window(self.runs, window)]
         if all_finite(values) and all_finite(reference):
             return values, reference, None
-        return values, reference, np.isfinite(values - reference)
-
-    def _due(self, sample: int, window: slice) -> NDArray[np.bool_]:
-        return self._of_window(self.due[sample], window)
+        finite = np.isfinite(values) & np.isfinite(reference)
+        lost = self._of_window(self.due[sample], window) & ~finite.all(axis=1)
+        for row in self._rows(pair):
+            failed[row] += lost
+        return values, reference, finite
 
     def _of_window(self, cells: NDArray[Any], window: slice) -> NDArray[Any]:
         return (cells[window] if self.axes else cells).reshape(-1)

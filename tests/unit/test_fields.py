@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,26 @@ class TestStore:
         floor = sum(a.nbytes for a in arrays if a.path.endswith("_floor"))
         previews = 3 * 3 * 6 * 5 * 5 * 3
         assert plan.cost().bytes == sum(a.nbytes for a in arrays) - floor + previews
+
+    def test_units_are_smaller_where_fields_are_large(self, plan):
+        @dataclass(frozen=True)
+        class Wide:
+            size: tuple[int, int, int]
+
+            def latent_shape(self, model: object) -> tuple[int, int, int]:
+                return self.size
+
+        def windows(size: tuple[int, int, int], metrics: list[str]) -> list[int]:
+            other = replace(small_plan(metrics=metrics), task=Wide(size))  # type: ignore[arg-type]
+            return [other.window(grid) for grid in other.grids]
+
+        expected = [plan.window(grid) for grid in plan.grids]
+        # A position of the first axis holds 12 cells of the first grid and 6 of the screened one.
+        assert windows(MAZE, ["change_map"]) == expected
+        assert expected == [2, 1, 3]
+        assert windows((16, 128, 170), ["frame_change", "solved"]) == expected
+        assert windows((16, 128, 170), ["change_map"]) == [1, 1, 2]
+        assert windows((16, 640, 850), ["solved", "change_map"]) == [1, 1, 1]
 
     def test_a_unit_comes_back_bit_for_bit(self, store):
         values = {"change_map": np.random.default_rng(0).random((2, 6, 2, *MAZE), np.float32)}
