@@ -332,7 +332,7 @@ def _precision_problems(config: SweepConfig | None) -> list[Problem]:
             text = unknown("metric of this config", metric, config.metrics)
             found.append((("experiments", name, "precision", "metric"), text))
         elif isinstance(metric, str) and metric in METRICS and METRICS[metric].dims:
-            text = f"{metric} is a field, one number a {' and '.join(METRICS[metric].dims)}; use a metric of one number"
+            text = f"{metric} is a field over {', '.join(METRICS[metric].dims)}; use a metric of one number"
             found.append((("experiments", name, "precision", "metric"), text))
     return found
 

@@ -187,7 +187,7 @@ class TestConfig:
     def test_a_field_has_no_one_interval(self, tmp_path):
         text = MAZES.replace("metrics: [goal_evidence]", "metrics: [goal_evidence, change_map]")
         (found,) = refusal(tmp_path, with_precision(text, "{half_width: 0.1, metric: change_map}"))
-        assert "experiments.map.precision.metric: change_map is a field, one number a frame and y and x" in found
+        assert "experiments.map.precision.metric: change_map is a field over latent_frame, latent_y" in found
 
     def test_screening_and_rounds_do_not_mix(self, tmp_path):
         screen = "\n    screen: {top: 0.5, metric: clean_projection}"
