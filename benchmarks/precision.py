@@ -16,8 +16,7 @@ sample) and row-forwards of both designs, and their ratios.
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from benchmarks.figures import Bench, Target
 from pipeline.config import SweepConfig
 from pipeline.executors import inline_executor, ray_executor
 from pipeline.plan import Plan, make_plan
@@ -39,6 +39,14 @@ from pipeline.sweep import run_sweep
 DEMO = Path(__file__).parents[1] / "configs" / "maze_demo.yaml"
 METRIC = "goal_evidence"
 LEVEL = 0.95
+TARGETS = (
+    Target(
+        what="runs of a fixed design over those in rounds, at equal worst half-width of the cells that matter",
+        figure="runs.ratio",
+        bound="at least",
+        limit=3,
+    ),
+)
 Maps = dict[str, NDArray[Any]]
 
 
@@ -177,22 +185,23 @@ def _forwards(plan: Plan, computed: Maps) -> int:
     return total
 
 
-def main() -> None:
+def main() -> int:
     """Compute the sweep, compare, and print the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mazes", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--replicas", type=int, default=0, help="0 runs in this process, without Ray")
-    parser.add_argument("--store", help="keeps the sweep, and goes on with one that is there")
-    parser.add_argument("--quick", action="store_true", help="12 mazes, 4 steps")
-    args = parser.parse_args()
+    bench = Bench(__doc__)
+    bench.parser.add_argument("--mazes", type=int, default=48)
+    bench.parser.add_argument("--steps", type=int, default=10)
+    bench.parser.add_argument("--replicas", type=int, default=2, help="0 runs in this process, without Ray")
+    bench.parser.add_argument("--store", help="keeps the sweep, and goes on with one that is there")
+    bench.parser.add_argument("--quick", action="store_true", help="12 mazes, 4 steps")
+    args = bench.parser.parse_args()
     torch.set_num_threads(1)
     mazes, steps = (12, 4) if args.quick else (args.mazes, args.steps)
     plan = plan_for(mazes, steps, replicas=args.replicas)
     with tempfile.TemporaryDirectory() as folder:
         store = compute(plan, args.store or Path(folder) / "run.zarr")
-        print(json.dumps(measure(plan, store, first=6 if args.quick else 8), indent=2))
+        figures = measure(plan, store, first=6 if args.quick else 8)
+    return bench.conclude(args, figures, TARGETS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,16 @@ import sys
 
 from benchmarks import runner
 
-BENCHMARKS = ("naive_ratio", "engine_efficiency", "scaling")
+BENCHMARKS = (
+    "naive_ratio",
+    "engine_efficiency",
+    "scaling",
+    "store_share",
+    "effects",
+    "memory",
+    "precision",
+    "wall_time",
+)
 
 if __name__ == "__main__":
     sys.exit(runner.main(__doc__, BENCHMARKS, "performance.json"))
