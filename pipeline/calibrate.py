@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 BUDGET_S = 20.0
 """After so long no further experiment is timed; the others are taken for its mean."""
 _SHORT_S = 0.5
+_TRIALS, _LEAST_TRIALS = 8, 2
+"""Groups that are timed of all experiments together, about, and of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,7 @@ class Calibration:
 
 
 def calibrate(computer: Computer, *, budget_s: float = BUDGET_S) -> Calibration:
-    """Time what a replica does on the first sample: its runs, a step's metrics, and two groups of each experiment.
+    """Time what a replica does on the first sample: its runs, a step's metrics, and groups of each experiment.
 
     Raises
     ------
@@ -92,30 +95,37 @@ def calibrate(computer: Computer, *, budget_s: float = BUDGET_S) -> Calibration:
 
 def _cell_costs(computer: Computer, budget_s: float) -> dict[str, CellCost]:
     plan, began = computer.plan, time.perf_counter()
-    dearest = sorted(plan.grids, key=lambda g: -sum(w.forwards for w in plan.window_work(g.experiment.name)))
+    work = {name: sum(w.forwards for w in plan.window_work(name)) for name in plan.by_name}
     found: dict[str, CellCost] = {}
-    for grid in dearest:
+    for name in sorted(work, key=lambda name: -work[name]):
         if found and time.perf_counter() - began > budget_s:
             break
-        found[grid.experiment.name] = _cost_of(computer, grid)
+        # What counts most is timed most.
+        count = max(_LEAST_TRIALS, round(_TRIALS * work[name] / max(1, sum(work.values()))))
+        found[name] = _cost_of(computer, plan.by_name[name], count)
     return found
 
 
-def _cost_of(computer: Computer, grid: Grid) -> CellCost:
-    """Time the group with the most forwards and the one with the fewest, and draw the line through both."""
-    plan = computer.plan
-    trials = list(_trials(plan, grid))
-    few, many = (chooser(trials, key=lambda t: t.forwards) for chooser in (min, max))
-    few_s = _seconds(lambda: computer.cells(few.unit, few.chosen))
-    if many.forwards == few.forwards:
-        return CellCost(group_s=0.0, forward_s=few_s / max(1, few.forwards))
-    many_s = _seconds(lambda: computer.cells(many.unit, many.chosen))
-    forward_s = max(0.0, (many_s - few_s) / (many.forwards - few.forwards))
-    group_s = few_s - few.forwards * forward_s
-    if group_s <= 0:
-        # More than in proportion, which only noise can be.
-        return CellCost(group_s=0.0, forward_s=many_s / many.forwards)
-    return CellCost(group_s=group_s, forward_s=forward_s)
+def _cost_of(computer: Computer, grid: Grid, count: int) -> CellCost:
+    """Time groups from the one with the fewest forwards to the one with the most."""
+    trials = sorted(_trials(computer.plan, grid), key=lambda trial: trial.forwards)
+    last = len(trials) - 1
+    taken = [trials[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})]
+    seconds = [_seconds(lambda trial=trial: computer.cells(trial.unit, trial.chosen)) for trial in taken]  # type: ignore[misc]
+    return cost_through([trial.forwards for trial in taken], seconds)
+
+
+def cost_through(forwards: Sequence[int], seconds: Sequence[float]) -> CellCost:
+    """Return the costs whose line comes nearest to what some groups took, by least squares."""
+    middle, mean = fmean(forwards), fmean(seconds)
+    spread = sum((f - middle) ** 2 for f in forwards)
+    if spread:
+        slope = sum((f - middle) * (s - mean) for f, s in zip(forwards, seconds, strict=True)) / spread
+        group_s = mean - slope * middle
+        if slope >= 0 and group_s >= 0:
+            return CellCost(group_s=group_s, forward_s=slope)
+    # All alike, or times that fall, or rise more than in proportion, which is noise.
+    return CellCost(group_s=0.0, forward_s=mean / max(1, middle))
 
 
 @dataclass(frozen=True, slots=True)

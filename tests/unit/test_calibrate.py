@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import calibrate as module
-from pipeline.calibrate import Calibration, CellCost, calibrate
+from pipeline.calibrate import Calibration, CellCost, calibrate, cost_through
 from pipeline.config import SweepConfig
 from pipeline.models import ModelError
 from pipeline.plan import make_plan
@@ -74,12 +76,12 @@ def clock(monkeypatch):
 
 class TestCosts:
     def test_the_line_through_the_smallest_and_the_largest_group(self, clock):
-        found = calibrate(Worked(plan_of(), clock))
+        found = calibrate(Worked(plan_of(), clock), budget_s=1e9)
         assert found.cells["map"] == CellCost(group_s=pytest.approx(3.0), forward_s=pytest.approx(0.5))
 
     def test_an_experiment_with_groups_of_one_size_costs_by_the_forward(self, clock):
         worked = Worked(plan_of(), clock)
-        found = calibrate(worked)
+        found = calibrate(worked, budget_s=1e9)
         (forwards,) = {n for group, n in worked.computed if group == "few"}
         assert found.cells["few"] == CellCost(group_s=0.0, forward_s=pytest.approx(0.5 + 3.0 / forwards))
 
@@ -89,7 +91,7 @@ class TestCosts:
         assert 0 < found.cells["map"].forward_s < 0.5
 
     def test_samples_and_steps(self, clock):
-        found = calibrate(Worked(plan_of(), clock))
+        found = calibrate(Worked(plan_of(), clock), budget_s=1e9)
         assert (found.record_s, found.measure_s, found.preview_s, found.screen_s) == (10.0, 2.0, 0.0, 0.0)
 
     def test_previews_are_decoded_only_if_any_are_kept(self, clock, monkeypatch):
@@ -118,6 +120,35 @@ class TestCosts:
 
         with pytest.raises(ModelError, match=r"model 'embedded:maze' refuses this run: height must be divisible by 16"):
             calibrate(Refuses(plan_of(), clock))
+
+
+class TestLine:
+    @pytest.mark.parametrize(
+        ("forwards", "seconds", "group_s", "forward_s"),
+        [
+            pytest.param([2, 10], [5.0, 9.0], 4.0, 0.5, id="through-two"),
+            pytest.param([2, 6, 10], [5.0, 7.0, 9.0], 4.0, 0.5, id="through-three"),
+            pytest.param([1, 2, 3], [2.0, 5.0, 2.0], 3.0, 0.0, id="between-what-is-disturbed"),
+            pytest.param([4], [8.0], 0.0, 2.0, id="one"),
+            pytest.param([4, 4], [8.0, 10.0], 0.0, 2.25, id="alike"),
+            pytest.param([2, 10], [9.0, 5.0], 0.0, 7 / 6, id="falling"),
+            pytest.param([2, 10], [1.0, 9.0], 0.0, 5 / 6, id="more-than-in-proportion"),
+            pytest.param([0], [3.0], 0.0, 3.0, id="nothing-computed"),
+        ],
+    )
+    def test_of_some_times(self, forwards, seconds, group_s, forward_s):
+        found = cost_through(forwards, seconds)
+        assert (found.group_s, found.forward_s) == (pytest.approx(group_s), pytest.approx(forward_s))
+
+    @given(st.lists(st.tuples(st.integers(0, 500), st.floats(0, 100)), min_size=1, max_size=8))
+    def test_no_cost_is_below_nothing_and_the_mean_is_kept(self, found):
+        forwards, seconds = [f for f, _ in found], [s for _, s in found]
+        cost = cost_through(forwards, seconds)
+        assert cost.group_s >= 0
+        assert cost.forward_s >= 0
+        if sum(forwards) >= len(forwards):
+            total = sum(cost.group_s + cost.forward_s * f for f in forwards)
+            assert total == pytest.approx(sum(seconds), rel=1e-6, abs=1e-6)
 
 
 def test_survives_being_sent_as_data():
