@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.looks import spread_level
 from pipeline.precision import mean_bounds
 
 PROMPTS, LEVEL = 64, 0.95
@@ -47,8 +48,9 @@ def coverage(values: NDArray[np.float64], mean: float, ends: list[int], half_wid
     """Return the share of cells whose interval holds the mean at the look where they stop."""
     going = np.ones(values.shape[1], dtype=np.bool_)
     covered = np.zeros(values.shape[1], dtype=np.bool_)
+    level = spread_level(LEVEL, [ends])
     for end in ends:
-        bounds = mean_bounds(values[:end], level=LEVEL, looks=len(ends))
+        bounds = mean_bounds(values[:end], level=level)
         stops = going & ((bounds.half_width <= half_width) | (end == ends[-1]))
         covered[stops] = ((bounds.low <= mean) & (mean <= bounds.high))[stops]
         going &= ~stops

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from benchmarks.figures import Bench, Target
 from pipeline.config import SweepConfig
 from pipeline.executors import inline_executor, ray_executor
+from pipeline.looks import spread_level
 from pipeline.plan import Plan, make_plan
 from pipeline.precision import Bounds, Key, mean_bounds, prompt_means
 from pipeline.rounds import decide, differences
@@ -94,27 +95,27 @@ class Effects:
         self.pairs = [None, *dict.fromkeys(pair for pair, _ in self.keys)]
         self.values = {name: differences(plan, store, name, METRIC) for name in plan.by_name}
 
-    def bounds(self, name: str, samples: int, looks: int) -> list[Bounds]:
+    def bounds(self, name: str, samples: int, level: float) -> list[Bounds]:
         """Return the intervals of all cells, in each pair kind and over all of them."""
         found = []
         for pair in self.pairs:
             rows = [i for i, key in enumerate(self.keys[:samples]) if pair in (None, key[0])]
             means = prompt_means(self.values[name][rows], [self.keys[i][1] for i in rows])
-            found.append(mean_bounds(means, level=LEVEL, looks=looks))
+            found.append(mean_bounds(means, level=level))
         return found
 
     def matters(self) -> Maps:
         """Return which cells have an interval, over all problems, that excludes 0."""
-        every = {name: self.bounds(name, len(self.keys), 1) for name in self.values}
+        every = {name: self.bounds(name, len(self.keys), LEVEL) for name in self.values}
         return {name: np.any([(b.low > 0) | (b.high < 0) for b in bounds], axis=0) for name, bounds in every.items()}
 
-    def widest(self, samples: int, looks: int, matters: Maps) -> float:
+    def widest(self, samples: int, level: float, matters: Maps) -> float:
         """Return the widest half-width of the cells that matter."""
-        widths = [np.max([b.half_width for b in self.bounds(n, samples, looks)], axis=0)[m] for n, m in matters.items()]
+        widths = [np.max([b.half_width for b in self.bounds(n, samples, level)], axis=0)[m] for n, m in matters.items()]
         return float(np.max(np.concatenate(widths), initial=0.0))
 
 
-def measure(plan: Plan, store: Store, *, first: int = 8, growth: float = 2.0) -> dict[str, Any]:
+def measure(plan: Plan, store: Store, *, first: int = 8, growth: float = 1.5) -> dict[str, Any]:
     """Compare the two designs on a full store.
 
     Raises
@@ -125,13 +126,13 @@ def measure(plan: Plan, store: Store, *, first: int = 8, growth: float = 2.0) ->
     matters, per_problem = effects.matters(), len(plan.samples) // len(plan.problems)
     if not any(m.any() for m in matters.values()):
         raise ValueError("no interval excludes 0, so no cell matters. Compute more problems.")
-    looks = next(iter(_in_rounds(plan, 1.0, first, growth).rounds.values())).looks
-    half_width = effects.widest(len(plan.samples), looks, matters)
+    at_look = spread_level(LEVEL, next(iter(_in_rounds(plan, 1.0, first, growth).rounds.values())).prompts)
+    half_width = effects.widest(len(plan.samples), at_look, matters)
     in_rounds = _in_rounds(plan, half_width, first, growth)
     rounds = next(iter(in_rounds.rounds.values()))
     used = replay(in_rounds, store)
     fixed = next(
-        n for n in range(2, len(plan.problems) + 1) if effects.widest(n * per_problem, 1, matters) <= half_width
+        n for n in range(2, len(plan.problems) + 1) if effects.widest(n * per_problem, LEVEL, matters) <= half_width
     )
     cells, samples = sum(grid.cells for grid in plan.grids), len(plan.samples)
     ends = np.array(rounds.samples)
@@ -155,6 +156,7 @@ def measure(plan: Plan, store: Store, *, first: int = 8, growth: float = 2.0) ->
         "cells_that_matter": int(sum(m.sum() for m in matters.values())),
         "half_width": round(half_width, 5),
         "looks": list(rounds.problems),
+        "level_at_look": at_look,
         "problems_fixed": fixed,
         "problems_in_rounds": {
             "mean": round(computed / cells / per_problem, 2),

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.looks import spread_level, union_level
 from pipeline.samples import Sample
 
 STOPPED, LOOK, LOOK_SAMPLES = "stopped", "look", "look_samples"
@@ -24,10 +25,21 @@ LEAST_FIRST = 6
 Floats = NDArray[np.float64]
 Key = tuple[str, str]
 METHOD = (
-    "Student t over {unit}s at level 1 - (1 - {level:g}) / {looks}: valid at all {looks} looks together, which were "
-    "fixed beforehand, so at the one where a cell stopped (union bound); assumes that means over {unit}s are as those "
-    "of normal values. Valid at the looks alone, so once no unit is pending"
+    "Student t over {unit}s, at each of {looks} looks that were fixed beforehand at level {look:g}, so high that at "
+    "whatever look a cell stops, its interval holds the mean with probability {level:g} at least: {why}. Assumes that "
+    "means over {unit}s are as those of normal values. Valid at the looks alone, so once no unit is pending"
 )
+WHY = {
+    "spread": "cells stop for their spread, and the mean of normal values at a look is independent of all spreads "
+    "until then",
+    "union": "the looks share what may be missed (union bound)",
+}
+
+
+def describe_interval(unit: str, by: str, level: float, at_look: float, looks: int) -> str:
+    """Say in words what an interval of an experiment in rounds is."""
+    why = WHY["spread" if by == "difference" else "union"]
+    return METHOD.format(unit=unit, level=level, look=at_look, looks=looks, why=why.format(unit=unit))
 
 
 class Precision(BaseModel):
@@ -47,7 +59,7 @@ class Precision(BaseModel):
     by: Literal["difference", "recovery"] = "difference"
     level: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     first: Annotated[int, Field(ge=LEAST_FIRST)] = 8
-    growth: Annotated[float, Field(ge=1.25, le=100)] = 2.0
+    growth: Annotated[float, Field(ge=1.1, le=100)] = 1.5
 
 
 class NoRoundsError(ValueError):
@@ -61,10 +73,12 @@ class Rounds:
     Attributes
     ----------
     problems, samples : how many there are by the end of each round; the last one ends with all of them.
+    prompts : the prompts by then, of all pair kinds together and of each; every list once.
     """
 
     problems: tuple[int, ...]
     samples: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, settings: Precision, samples: Sequence[Sample]) -> Rounds:
@@ -86,12 +100,17 @@ class Rounds:
             # Rounded first: 1.1 * 10 is a little more than 11 in binary fractions.
             grown = math.ceil(round(problems[-1] * settings.growth, 6))
             problems.append(min(len(ends), max(problems[-1] + 1, grown)))
-        return cls(problems=tuple(problems), samples=tuple(ends[p - 1] for p in problems))
+        cuts = tuple(ends[p - 1] for p in problems)
+        return cls(problems=tuple(problems), samples=cuts, prompts=_prompts(samples, cuts))
 
     @property
     def looks(self) -> int:
         """How often an interval is looked at: after every round, the last one included."""
         return len(self.problems)
+
+    def level(self, settings: Precision) -> float:
+        """Return the level of the interval at one look."""
+        return level_at_look(settings.by, settings.level, self.prompts)
 
     def round_of(self, sample: int) -> int:
         """Return the round that a sample is computed in, from 0 on."""
@@ -108,6 +127,26 @@ def _ends(samples: Sequence[Sample]) -> list[int]:
             )
         ends[sample.prompt] = i + 1
     return list(ends.values())
+
+
+def _prompts(samples: Sequence[Sample], cuts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    kinds = [None, *dict.fromkeys(sample.pair for sample in samples)]
+    counted = [
+        tuple(len({s.prompt for s in samples[:cut] if kind in (None, s.pair)}) for cut in cuts) for kind in kinds
+    ]
+    return tuple(dict.fromkeys(counted))
+
+
+def level_at_look(by: str, level: float, prompts: Sequence[Sequence[int]]) -> float:
+    """Return the level of the interval at one look, such that the one at which a cell stops is of this level.
+
+    Where it stops for the width of a difference, spreads alone decide; that of a recovery knows of means too.
+
+    Parameters
+    ----------
+    prompts : see ``Rounds``.
+    """
+    return spread_level(level, prompts) if by == "difference" else union_level(level, len(prompts[0]))
 
 
 def _enough(first: int, samples: Sequence[Sample]) -> int | None:
@@ -142,25 +181,25 @@ class Bounds:
         return np.asarray((self.high - self.low) / 2)
 
 
-def quantile(n: NDArray[np.int64], *, level: float, looks: int) -> Floats:
-    """Return the quantile of Student's t with n - 1 degrees of freedom that an interval at one look takes."""
+def quantile(n: NDArray[np.int64], *, level: float) -> Floats:
+    """Return the quantile of Student's t with n - 1 degrees of freedom that an interval takes."""
     from scipy.special import stdtrit
 
     degrees = np.maximum(n - 1, 1).astype(np.float64)
-    return np.asarray(stdtrit(degrees, 1 - (1 - level) / (2 * looks)), dtype=np.float64)
+    return np.asarray(stdtrit(degrees, (1 + level) / 2), dtype=np.float64)
 
 
-def mean_bounds(values: Floats, *, level: float, looks: int) -> Bounds:
-    """Return the mean over units with a t interval that holds at every look: a function of each cell's own values.
+def mean_bounds(values: Floats, *, level: float) -> Bounds:
+    """Return the mean over units with its t interval: a function of each cell's own values.
 
     Values that are all equal have an interval of no width; fewer than two have none.
 
     Parameters
     ----------
-    values : (units, cells), NaN where a unit has no value. looks : how often the interval is looked at in all.
+    values : (units, cells), NaN where a unit has no value.
     """
     n, mean, error = mean_and_error(values)
-    reach = quantile(n, level=level, looks=looks) * error
+    reach = quantile(n, level=level) * error
     return Bounds(value=mean, low=mean - reach, high=mean + reach, n=n)
 
 
@@ -171,8 +210,8 @@ def mean_and_error(values: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
     return n, mean, np.where(n > 1, error, np.nan)
 
 
-def ratio_bounds(numerator: Floats, denominator: Floats, *, level: float, looks: int) -> Bounds:
-    """Return the ratio of means over units with the interval of Fieller (1954), which holds at every look.
+def ratio_bounds(numerator: Floats, denominator: Floats, *, level: float) -> Bounds:
+    """Return the ratio of means over units with the interval of Fieller (1954).
 
     It holds the ratios r for which the t interval of numerator - r denominator includes 0. Where the interval of the
     denominator does, no ratio is ruled out, and the bounds are infinite.
@@ -186,7 +225,7 @@ def ratio_bounds(numerator: Floats, denominator: Floats, *, level: float, looks:
     n, a, aa = _moments(top)
     _, b, bb = _moments(bottom)
     ab = _products(top - a, bottom - b)
-    scale = quantile(n, level=level, looks=looks) ** 2 / np.maximum(n - 1, 1) / np.maximum(n, 1)
+    scale = quantile(n, level=level) ** 2 / np.maximum(n - 1, 1) / np.maximum(n, 1)
     square, product, rest = b * b - scale * bb, a * b - scale * ab, a * a - scale * aa
     bounded = (n > 1) & (square > 0)
     divisor = np.where(bounded, square, 1.0)
@@ -238,35 +277,38 @@ class Observed:
     keys: Sequence[Key]
 
 
-def narrow(observed: Observed, settings: Precision, looks: int) -> NDArray[np.bool_]:
+def narrow(observed: Observed, settings: Precision, level: float) -> NDArray[np.bool_]:
     """Return which cells have an interval that is narrow enough, in every pair kind and over all of them together.
 
     A function of each cell's own values. Samples of a prompt are averaged first. A cell is not judged before it has a
     value in ``first`` prompts of each pair kind, so values that are missing never stop it.
+
+    Parameters
+    ----------
+    level : of the interval at this look; see ``level_at_look``.
     """
     pairs = list(dict.fromkeys(pair for pair, _ in observed.keys))
     found = np.ones(observed.values.shape[1], dtype=np.bool_)
     for pair in [None, *pairs] if len(pairs) > 1 else pairs:
-        bounds = _bounds_of(observed, pair, settings, looks)
+        bounds = _bounds_of(observed, pair, settings.by, level)
         found &= (bounds.n >= settings.first) & (bounds.half_width <= settings.half_width)
     return found
 
 
-def _bounds_of(observed: Observed, pair: str | None, settings: Precision, looks: int) -> Bounds:
+def _bounds_of(observed: Observed, pair: str | None, by: str, level: float) -> Bounds:
     rows = [i for i, key in enumerate(observed.keys) if pair is None or key[0] == pair]
     prompts = [observed.keys[i][1] for i in rows]
     values = observed.values[rows]
-    if settings.by == "difference":
+    if by == "difference":
         means = prompt_means(values - observed.reference[rows], prompts)
-        return mean_bounds(means, level=settings.level, looks=looks)
+        return mean_bounds(means, level=level)
     above = values - observed.corrupted[rows, None]
     gap = np.broadcast_to((observed.clean - observed.corrupted)[rows, None], above.shape)
     both = np.isfinite(above) & np.isfinite(gap)
     return ratio_bounds(
         prompt_means(np.where(both, above, np.nan), prompts),
         prompt_means(np.where(both, gap, np.nan), prompts),
-        level=settings.level,
-        looks=looks,
+        level=level,
     )
 
 

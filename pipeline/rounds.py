@@ -109,6 +109,7 @@ def decide(plan: Plan, store: Store, name: str, look: int, before: NDArray[np.bo
     metric = METRICS[settings.metric].name
     clean, corrupted = _recorded(store, metric, samples)
     keys = [(sample.pair, sample.prompt) for sample in plan.samples[:samples]]
+    level = rounds.level(settings)
     of_clean, stopped, windows = _of_clean_run(grid), before.copy(), plan.layout.windows(name)
     for start, stop in map(windows.bounds, range(windows.count)):
         cut: Any = slice(start, stop) if grid.shape else ...
@@ -125,7 +126,7 @@ def decide(plan: Plan, store: Store, name: str, look: int, before: NDArray[np.bo
             keys=keys,
         )
         found = before[cut].flatten()
-        found[goes_on] = narrow(observed, settings, rounds.looks)
+        found[goes_on] = narrow(observed, settings, level)
         stopped[cut] = found.reshape(before[cut].shape)
     return stopped
 

@@ -13,7 +13,7 @@ from tests.planted_units import small_plan
 from tests.synthetic import SyntheticReplica, shapes_of
 
 MAP = {"kind": "patch", "step": "all", "layer": [0, 1]}
-PRECISION = {"half_width": 2.1, "metric": "goal_evidence", "first": 6, "growth": 1.5}
+PRECISION = {"half_width": 1.8, "metric": "goal_evidence", "first": 6, "growth": 1.5}
 ENDS = (6, 9, 13)
 """Problems by the end of each round."""
 

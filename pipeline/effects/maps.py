@@ -234,7 +234,9 @@ def _screening(experiment: Experiment, recorded: Recorded, chunk_samples: int) -
     }
 
 
-def _estimate_pair(state: CellStates, pair: str, settings: Settings, looks: int | None) -> dict[str, NDArray[Any]]:
+def _estimate_pair(
+    state: CellStates, pair: str, settings: Settings, looks: sequential.Looks | None
+) -> dict[str, NDArray[Any]]:
     """Estimate all cells of one pair kind, in blocks of cells; in a way that holds at every look, if there are some."""
 
     def of_pair(key: Key) -> Key | None:
@@ -247,7 +249,8 @@ def _estimate_pair(state: CellStates, pair: str, settings: Settings, looks: int 
     assert difference is not None
     numerator, denominator = unit_means(state.numerator), unit_means(state.denominator)
     if looks is not None:
-        found = sequential.estimate(difference, numerator, denominator, level=settings.level, looks=looks)
+        level = looks.level(settings.unit, settings.level)
+        found = sequential.estimate(difference, numerator, denominator, at_look=level, looks=looks.count)
         p = found.pop("p")
         return found | {"p_fdr": benjamini_hochberg(p), "p_fwer": sequential.holm(p)}
     counts = resample_counts(len(difference), replicates=settings.replicates, seed=settings.seed)
@@ -344,7 +347,7 @@ _TEXTS = {
 }
 
 
-def _describe(metric: str, name: str, settings: Settings, looks: int | None = None) -> dict[str, str]:
+def _describe(metric: str, name: str, settings: Settings, looks: sequential.Looks | None = None) -> dict[str, str]:
     base, _, bound = name.rpartition("_")
     base = base if bound in ("low", "high") else name
     prefix = f"{bound}er bound of the " if bound == "low" else "upper bound of the " if bound == "high" else ""

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.precision import METHOD, Floats, mean_and_error, mean_bounds, ratio_bounds
+from pipeline.precision import Floats, describe_interval, level_at_look, mean_and_error, mean_bounds, ratio_bounds
+from pipeline.wording import shown
+
+MOST, MOST_LOOKS = 10**9, 1000
+"""Prompts and looks that a description may name, which may come from anywhere."""
 
 P_VALUE = (
-    "two-sided t test over {unit}s of difference = 0, times the {looks} looks: at most alpha just where the interval "
-    "of level 1 - alpha excludes 0; where all differences are equal, the smallest p of a sign-flip test instead"
+    "two-sided t test over {unit}s of difference = 0, times the {looks} looks (union bound): at most alpha only where "
+    "the interval of level 1 - alpha excludes 0; where all differences are equal, the smallest p of a sign-flip test "
+    "instead"
 )
 CAVEAT = (
     "cells rest on different numbers of {unit}s. Where few {unit}s have a skewed difference, or one of few values, "
@@ -21,8 +28,25 @@ CAVEAT = (
 )
 
 
-def looks_of(attrs: Mapping[Any, Any]) -> int | None:
-    """Return how often an experiment is looked at, from its attributes; None if it is not computed in rounds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looks:
+    """How an experiment was looked at: which effect stopped its cells, and how many prompts there were at each look."""
+
+    by: str
+    prompts: tuple[tuple[int, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """How many looks there are."""
+        return len(self.prompts[0])
+
+    def level(self, unit: str, level: float) -> float:
+        """Return the level of an interval at one look; for other units than prompts by the union bound."""
+        return level_at_look(self.by if unit == "prompt" else "any", level, self.prompts)
+
+
+def looks_of(attrs: Mapping[Any, Any]) -> Looks | None:
+    """Return how an experiment is looked at, from its attributes; None if it is not computed in rounds.
 
     Raises
     ------
@@ -31,20 +55,27 @@ def looks_of(attrs: Mapping[Any, Any]) -> int | None:
     if "precision" not in attrs:
         return None
     try:
-        looks = int(json.loads(str(attrs["precision"]))["looks"])
+        about = json.loads(str(attrs["precision"]))
+        prompts = tuple(tuple(int(n) for n in ends) for ends in about["prompts"])
+        looks = Looks(by=str(about["by"]), prompts=prompts)
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"the attribute precision does not say how many looks there are: {error}") from error
-    if looks < 1:
-        raise ValueError(f"the attribute precision says {looks} looks. There must be at least one.")
+        raise ValueError(f"the attribute precision does not say what looks there are: {error}") from error
+    counts = [n for ends in prompts for n in ends]
+    steps = [b - a for ends in prompts for a, b in itertools.pairwise((1, *ends))]
+    uneven = len({len(ends) for ends in prompts}) > 1
+    if not counts or uneven or min(steps) < 1 or max(counts) > MOST or len(prompts[0]) > MOST_LOOKS:
+        raise ValueError(f"the attribute precision names looks that cannot be: {shown(about['prompts'])}.")
     return looks
 
 
-def describe(unit: str, level: float, looks: int) -> dict[str, str | int]:
+def describe(unit: str, level: float, looks: Looks) -> dict[str, str | int | float]:
     """Return the attributes that say how these effects were estimated."""
-    p = P_VALUE.format(unit=unit, looks=looks)
+    p, at_look = P_VALUE.format(unit=unit, looks=looks.count), looks.level(unit, level)
+    by = looks.by if unit == "prompt" else "any"
     return {
-        "looks": looks,
-        "method_interval": METHOD.format(unit=unit, level=level, looks=looks)
+        "looks": looks.count,
+        "level_at_look": at_look,
+        "method_interval": describe_interval(unit, by, level, at_look, looks.count)
         + "; of recoveries, the set of ratios that such an interval does not exclude (Fieller)",
         "method_interval_gap": f"percentile bootstrap over {unit}s",
         "method_p_fdr": f"{p}; adjusted by Benjamini-Hochberg over all cells of one pair kind and metric",
@@ -54,10 +85,15 @@ def describe(unit: str, level: float, looks: int) -> dict[str, str | int]:
 
 
 def estimate(
-    difference: Floats, numerator: Floats | None, denominator: Floats | None, *, level: float, looks: int
+    difference: Floats, numerator: Floats | None, denominator: Floats | None, *, at_look: float, looks: int
 ) -> dict[str, NDArray[Any]]:
-    """Estimate the effects of cells, (units, cells), each over the units that it was computed for."""
-    mean = mean_bounds(difference, level=level, looks=looks)
+    """Estimate the effects of cells, (units, cells), each over the units that it was computed for.
+
+    Parameters
+    ----------
+    at_look : level of the interval at one look. looks : how many there are.
+    """
+    mean = mean_bounds(difference, level=at_look)
     found: dict[str, NDArray[Any]] = {
         "difference": mean.value,
         "difference_low": mean.low,
@@ -66,7 +102,7 @@ def estimate(
         "n": mean.n,
     }
     if numerator is not None and denominator is not None:
-        ratio = ratio_bounds(numerator, denominator, level=level, looks=looks)
+        ratio = ratio_bounds(numerator, denominator, level=at_look)
         found |= {"recovery": ratio.value, "recovery_low": ratio.low, "recovery_high": ratio.high}
     return found
 

@@ -26,10 +26,10 @@ from pipeline.precision import (
     HAS_STOPPED,
     LOOK,
     LOOK_SAMPLES,
-    METHOD,
     NOT_LOOKED,
     STOPPED,
     Precision,
+    describe_interval,
 )
 from pipeline.screening import DRAWN, ESTIMATE, ESTIMATED, EXACT, OPEN, RANKING, VERIFIED, Screen
 from pipeline.store.journal import DONE, FAILED, PENDING
@@ -324,8 +324,10 @@ def _create_screening(group: Any, plan: Plan, grid: Grid, screen: Screen) -> Non
 
 def _create_looks(group: Any, plan: Plan, grid: Grid, precision: Precision) -> None:
     rounds = plan.rounds[grid.experiment.name]
-    method = METHOD.format(unit="prompt", level=precision.level, looks=rounds.looks)
-    group.attrs["precision"] = json.dumps({**precision.model_dump(), "looks": rounds.looks, "interval": method})
+    level = rounds.level(precision)
+    about = {"looks": rounds.looks, "prompts": rounds.prompts, "level_at_look": level}
+    method = describe_interval("prompt", precision.by, precision.level, level, rounds.looks)
+    group.attrs["precision"] = json.dumps({**precision.model_dump(), **about, "interval": method})
     looks = rounds.looks - 1
     _put(group, LOOK, (LOOK,), np.array(rounds.problems[:looks], dtype=np.int64), long_name="problems before the look")
     samples = np.array(rounds.samples[:looks], dtype=np.int64)

@@ -10,7 +10,7 @@ import pytest
 
 import tests.synthetic
 from benchmarks import coverage
-from benchmarks.precision import Effects, _forwards, _in_rounds, measure, plan_for, replay
+from benchmarks.precision import LEVEL, Effects, _forwards, _in_rounds, measure, plan_for, replay
 from pipeline.plan import Plan
 from pipeline.store import Journal, Store, open_store
 from tests.rounds_fixture import sweep
@@ -59,8 +59,8 @@ def found(plan: Plan, store: Store) -> dict[str, Any]:
 
 def test_what_is_counted_is_what_a_sweep_in_rounds_computes(plan, store, found, tmp_path):
     exact = Effects(plan, store)
-    half_width = exact.widest(len(plan.samples), len(found["looks"]), exact.matters())
-    in_rounds = _in_rounds(plan, half_width, FIRST, 2.0)
+    half_width = exact.widest(len(plan.samples), found["level_at_look"], exact.matters())
+    in_rounds = _in_rounds(plan, half_width, FIRST, 1.5)
     sweep(in_rounds, tmp_path / "run.zarr")
     lines = list(Journal(tmp_path / "run.zarr").entries())
     assert found["runs"]["rounds"] == sum(line["cells"] for line in lines)
@@ -79,15 +79,15 @@ def test_cells_that_matter_are_those_with_an_effect(plan, store, found):
 def test_both_designs_are_as_narrow_where_it_matters(plan, store, found):
     effects, samples = Effects(plan, store), len(plan.samples) // MAZES
     matters, fixed = effects.matters(), found["problems_fixed"]
-    assert effects.widest(fixed * samples, 1, matters) <= found["half_width"] + 1e-5
-    assert effects.widest((fixed - 1) * samples, 1, matters) > found["half_width"] - 1e-5
+    assert effects.widest(fixed * samples, LEVEL, matters) <= found["half_width"] + 1e-5
+    assert effects.widest((fixed - 1) * samples, LEVEL, matters) > found["half_width"] - 1e-5
     assert found["runs"]["fixed"] == fixed * samples * (found["cells_of_a_sample"] + 2)
     assert fixed <= MAZES, "intervals that need not hold at every look are narrower"
 
 
 def test_steady_cells_stop_first_and_spread_ones_go_on(found):
     problems = found["problems_in_rounds"]
-    assert set(problems["cells"]) <= {"6", "12", "14"}
+    assert set(problems["cells"]) <= {"6", "9", "14"}
     assert sum(problems["cells"].values()) == found["cells_of_a_sample"]
     assert problems["mean"] < problems["mean_of_cells_that_matter"]
     assert found["runs"]["ratio"] == round(found["runs"]["fixed"] / found["runs"]["rounds"], 2) > 1
@@ -109,9 +109,9 @@ def test_without_any_effect_there_is_nothing_to_compare(plan, tmp_path: Path, mo
 class TestCoverage:
     def test_is_high_for_normal_and_low_for_rare_differences(self):
         found = coverage.measure(cells=1500, firsts=(8, 32))["coverage_by_first"]
-        assert found["normal"]["8"] > 0.96
+        assert found["normal"]["8"] > 0.945
         assert found["1 in a tenth of the prompts, else 0"]["8"] < 0.7
-        assert found["1 in a tenth of the prompts, else 0"]["32"] > 0.93
+        assert found["1 in a tenth of the prompts, else 0"]["32"] > 0.9
         assert found.keys() == coverage.DISTRIBUTIONS.keys()
 
     def test_is_the_same_again(self):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import stats
@@ -16,6 +16,7 @@ from scipy import stats
 import tests.synthetic
 from pipeline.effects import compute_effects, open_effects
 from pipeline.effects.sequential import holm, looks_of, p_values
+from pipeline.looks import spread_level, union_level
 from pipeline.precision import mean_bounds, ratio_bounds
 from pipeline.report import write_report
 from tests.rounds_fixture import MAP, PRECISION, plan_of, sweep
@@ -31,10 +32,11 @@ class TestPValues:
         expected = np.minimum(1, looks * stats.ttest_1samp(x, 0).pvalue)
         np.testing.assert_allclose(p_values(x, looks=looks), expected, rtol=1e-9)
 
+    @settings(deadline=None)
     @given(st.floats(0.01, 0.5), st.integers(1, 5), st.integers(0, 10**6))
     def test_are_small_just_where_the_interval_excludes_zero(self, alpha, looks, seed):
         x = np.random.default_rng(seed).normal(0.5, 1, (10, 20))
-        bounds = mean_bounds(x, level=1 - alpha, looks=looks)
+        bounds = mean_bounds(x, level=union_level(1 - alpha, looks))
         excludes, p = (bounds.low > 0) | (bounds.high < 0), p_values(x, looks=looks)
         clear = np.abs(p - alpha) > 1e-9
         assert np.array_equal((p <= alpha)[clear], excludes[clear])
@@ -56,13 +58,16 @@ class TestPValues:
         for half_width in (0.5, 0.7, 1.0):
             used = np.zeros(cells, dtype=int)
             for end in reversed(ends):
-                used[(mean_bounds(x[:end], level=0.95, looks=3).half_width <= half_width) | (end == 32)] = end
+                used[
+                    (mean_bounds(x[:end], level=spread_level(0.95, [ends])).half_width <= half_width) | (end == 32)
+                ] = end
             p = p_values(np.where(np.arange(32)[:, None] < used, x, np.nan), looks=3)
             assert len(set(used)) > 1
             assert (p <= 0.05).mean() <= stats.binom.ppf(1 - 1e-6, cells, 0.05) / cells
 
 
 class TestHolm:
+    @settings(deadline=None)
     @given(p_lists)
     def test_is_the_step_down_procedure(self, p):
         order, expected, worst = np.argsort(p, kind="stable"), np.empty(len(p)), 0.0
@@ -71,6 +76,7 @@ class TestHolm:
             expected[i] = worst
         assert holm(p).tolist() == expected.tolist()
 
+    @settings(deadline=None)
     @given(p_lists, st.data())
     def test_does_not_depend_on_the_order_of_cells(self, p, data):
         order = data.draw(st.permutations(range(len(p))))
@@ -96,7 +102,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     experiments = {
         "plain": MAP,
-        "wide": {**MAP, "precision": {**PRECISION, "half_width": 2.0}},
+        "wide": {**MAP, "precision": {**PRECISION, "half_width": 1.7}},
         "ratio": {**MAP, "precision": {**PRECISION, "half_width": 0.22, "by": "recovery"}},
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +133,19 @@ def by_hand(store: Path, name: str, pair: str) -> tuple[Any, Any]:
 PAIRS = ("all", "red/blue", "red/any")
 
 
-@pytest.mark.parametrize("text", ["no JSON", "[]", "{}", '{"looks": "x"}', '{"looks": 0}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no JSON",
+        "[]",
+        "{}",
+        '{"by": "difference", "prompts": "x"}',
+        '{"by": "difference", "prompts": []}',
+        '{"by": "difference", "prompts": [[8, 8]]}',
+        '{"by": "difference", "prompts": [[8, 16], [8]]}',
+        '{"by": "difference", "prompts": [[8, 9000000000]]}',
+    ],
+)
 def test_attributes_that_tell_no_looks_are_refused(text):
     with pytest.raises(ValueError, match="the attribute precision"):
         looks_of({"precision": text})
@@ -139,7 +157,8 @@ class TestMaps:
     def test_intervals_are_those_of_the_looks(self, name, pair, store):
         effects = effects_of(store, name).sel(pair=pair)
         above, gap = by_hand(store, name, pair)
-        mean, ratio = mean_bounds(above, level=0.95, looks=3), ratio_bounds(above, gap, level=0.95, looks=3)
+        level = spread_level(0.95, [(6, 9, 13)]) if name == "wide" else union_level(0.95, 3)
+        mean, ratio = mean_bounds(above, level=level), ratio_bounds(above, gap, level=level)
         for estimand, bounds in (("difference", mean), ("recovery", ratio)):
             for part, values in (("", bounds.value), ("_low", bounds.low), ("_high", bounds.high)):
                 found = effects[f"goal_evidence_{estimand}{part}"].values.ravel()
@@ -149,7 +168,7 @@ class TestMaps:
         np.testing.assert_allclose(effects["goal_evidence_p_fwer"].values.ravel(), holm(p), rtol=1e-9)
 
     @pytest.mark.parametrize(
-        ("name", "estimand", "half_width"), [("wide", "difference", 2.0), ("ratio", "recovery", 0.22)]
+        ("name", "estimand", "half_width"), [("wide", "difference", 1.7), ("ratio", "recovery", 0.22)]
     )
     def test_a_cell_that_stopped_is_as_narrow_as_was_asked_in_every_pair_kind(self, name, estimand, half_width, store):
         effects, stopped = effects_of(store, name), arrays_of(store)[f"{name}/stopped"][-1] == 1
@@ -166,8 +185,14 @@ class TestMaps:
 
     def test_say_how_they_were_estimated(self, store):
         attrs = effects_of(store, "wide").attrs
-        assert looks_of(attrs) == attrs["looks"] == 3
-        assert attrs["method_interval"].startswith("Student t over prompts at level 1 - (1 - 0.95) / 3")
+        looks = looks_of(attrs)
+        assert looks is not None
+        assert looks.count == attrs["looks"] == 3
+        assert looks.level("prompt", 0.95) == attrs["level_at_look"] == spread_level(0.95, [(6, 9, 13)])
+        assert looks.level("sample", 0.95) == union_level(0.95, 3)
+        assert attrs["method_interval"].startswith("Student t over prompts, at each of 3 looks")
+        assert "cells stop for their spread" in attrs["method_interval"]
+        assert "union bound" in effects_of(store, "ratio").attrs["method_interval"]
         assert "Fieller" in attrs["method_interval"]
         assert "times the 3 looks" in attrs["method_p_fwer"]
         assert attrs["method_p_fwer"].endswith("adjusted by Holm over all cells of one pair kind and metric")
@@ -184,4 +209,4 @@ class TestMaps:
         page = (tmp_path / "report.html").read_text()
         for text in ("p (max-T)", "p (Holm)", "p (Holm), experiments in rounds", "interval, experiments in rounds"):
             assert text in page
-        assert "Student t over prompts at level 1 - (1 - 0.95) / 3" in page
+        assert "Student t over prompts, at each of 3 looks" in page

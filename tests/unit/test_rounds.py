@@ -17,6 +17,7 @@ from pipeline.cli import main
 from pipeline.effects.experiment import Experiment
 from pipeline.layout import BASELINE, Layout, Windows
 from pipeline.ledger import Ledger
+from pipeline.looks import spread_level
 from pipeline.plan import Plan
 from pipeline.precision import mean_bounds
 from pipeline.rounds import decide, make_look
@@ -60,20 +61,20 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def widths(full: Path, problems: int, looks: int) -> Any:
+def widths(full: Path, problems: int) -> Any:
     """The half-widths of the cells of the map after some problems, computed anew; the corrupted run is patched."""
     found = arrays(full)
     values = (found["map/goal_evidence"] - found["baseline/goal_evidence"][:, 1].reshape(-1, 1, 1))[:problems]
-    return mean_bounds(values.astype(np.float64).reshape(problems, -1), level=0.95, looks=looks).half_width.reshape(
-        3, 2
-    )
+    return mean_bounds(
+        values.astype(np.float64).reshape(problems, -1), level=spread_level(0.95, [ENDS])
+    ).half_width.reshape(3, 2)
 
 
 class TestStopping:
     def test_cells_stop_at_the_first_look_at_which_they_are_narrow(self, undisturbed, full):
         stopped = arrays(undisturbed)["map/stopped"]
-        first = widths(full, ENDS[0], 3) <= PRECISION["half_width"]
-        second = first | (widths(full, ENDS[1], 3) <= PRECISION["half_width"])
+        first = widths(full, ENDS[0]) <= PRECISION["half_width"]
+        second = first | (widths(full, ENDS[1]) <= PRECISION["half_width"])
         assert np.array_equal(stopped, [first, second])
         assert 0 < first.sum() < second.sum() < first.size, "all three must happen for this test to say anything"
 
@@ -107,7 +108,9 @@ class TestStopping:
         about = json.loads(group.attrs["precision"])
         assert {name: about[name] for name in PRECISION} == PRECISION
         assert (about["looks"], about["level"]) == (3, 0.95)
-        assert "union bound" in about["interval"]
+        assert about["prompts"] == [list(ENDS)]
+        assert about["level_at_look"] == spread_level(0.95, [ENDS])
+        assert "independent of all spreads" in about["interval"]
 
     def test_a_look_needs_the_one_before(self, plan, tmp_path):
         with pytest.raises(ValueError, match=r"look 1 of map comes before look 0"):
