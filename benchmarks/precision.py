@@ -183,7 +183,7 @@ def main() -> None:
     """Compute the sweep, compare, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mazes", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--replicas", type=int, default=0, help="0 runs in this process, without Ray")
     parser.add_argument("--store", help="keeps the sweep, and goes on with one that is there")
     parser.add_argument("--quick", action="store_true", help="12 mazes, 4 steps")
