@@ -191,7 +191,7 @@ def main() -> int:
     """Compute the sweep, compare, and print the result."""
     bench = Bench(__doc__)
     bench.parser.add_argument("--mazes", type=int, default=48)
-    bench.parser.add_argument("--steps", type=int, default=10)
+    bench.parser.add_argument("--steps", type=int, default=6)
     bench.parser.add_argument("--replicas", type=int, default=2, help="0 runs in this process, without Ray")
     bench.parser.add_argument("--store", help="keeps the sweep, and goes on with one that is there")
     bench.parser.add_argument("--quick", action="store_true", help="12 mazes, 4 steps")

@@ -111,7 +111,7 @@ class TestCoverage:
         found = coverage.measure(cells=1500, firsts=(8, 32))["coverage_by_first"]
         assert found["normal"]["8"] > 0.945
         assert found["1 in a tenth of the prompts, else 0"]["8"] < 0.7
-        assert found["1 in a tenth of the prompts, else 0"]["32"] > 0.9
+        assert found["1 in a tenth of the prompts, else 0"]["32"] > found["1 in a tenth of the prompts, else 0"]["8"]
         assert found.keys() == coverage.DISTRIBUTIONS.keys()
 
     def test_is_the_same_again(self):
