@@ -156,7 +156,7 @@ class TestConfig:
         config = bound(tmp_path, with_precision(MAZES, GOOD))
         precision = config.build_experiments()[0].precision
         assert precision is not None
-        assert (precision.half_width, precision.first, precision.growth, precision.by) == (0.1, 8, 2.0, "difference")
+        assert (precision.half_width, precision.first, precision.growth, precision.by) == (0.1, 8, 1.5, "difference")
 
     @pytest.mark.parametrize(
         ("precision", "key", "message"),
@@ -172,7 +172,7 @@ class TestConfig:
             ),
             pytest.param(GOOD[:-1] + ", frist: 8}", ".frist", "did you mean 'first'?", id="unknown key"),
             pytest.param(GOOD[:-1] + ", first: 5}", ".first", "greater than or equal to 6, got 5", id="too early"),
-            pytest.param(GOOD[:-1] + ", growth: 1}", ".growth", "greater than or equal to 1.25", id="no growth"),
+            pytest.param(GOOD[:-1] + ", growth: 1}", ".growth", "greater than or equal to 1.1", id="no growth"),
             pytest.param(GOOD[:-1] + ", level: 1.0}", ".level", "less than 1", id="certain"),
             pytest.param(GOOD[:-1] + ", by: ratio}", ".by", "'difference' or 'recovery'", id="unknown effect"),
             pytest.param(GOOD[:-1] + ", first: 20}", "", "no cell could stop: .* 20 prompts", id="too few problems"),
