@@ -308,9 +308,13 @@ class Engine:
             denoiser.output = new
 
     def _given_once(self, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Return one row of the arguments that are the same in every row, seen by how they were expanded."""
+        """Return one row of the arguments that are the same in every row, seen by how they were expanded.
+
+        Only of those with a value for every token: of a single number a row there is nothing to spare, and a product
+        of one row is rounded otherwise than one of many.
+        """
         found = {name: kwargs[name] for name in self.family.once if isinstance(kwargs.get(name), torch.Tensor)}
-        return {name: v[:1] for name, v in found.items() if v.ndim and len(v) > 1 and v.stride(0) == 0}
+        return {name: v[:1] for name, v in found.items() if v.ndim > 1 and len(v) > 1 and v.stride(0) == 0}
 
     def _edited_output(self, run: Run, step: int, call: int, output: Any) -> Any:
         """Return a denoiser's output after the edits of its branches, and remember it as the latest of each row."""

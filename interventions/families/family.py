@@ -126,8 +126,8 @@ class Family:
     pipelines : names of the diffusers pipeline classes it covers.
     blocks : block lists in forward order. interleaved : whether the lists take turns block by block.
     conditioning : arguments of the denoiser that carry the prompt, one row a run.
-    once : arguments of the denoiser that it may be given with one row for all, where every row has the same: what it
-        makes of them is then computed once a call and broadcast.
+    once : arguments of the denoiser with a value for every token that it may be given with one row for all, where every
+        row has the same: what it makes of them is then computed once a call and broadcast.
     denoisers : attributes of the pipeline that hold the denoisers, the one for high noise first.
     denoiser_at : which of them computes each step, from the pipeline's config and the timesteps.
     set_steps : set a scheduler's steps as the pipeline does: from scheduler, number of steps, latent (F, H, W).
