@@ -62,13 +62,20 @@ def perform(plan: Plan, began: float | None = None, ready: Any = None) -> Calibr
     """
     import torch
 
+    from interventions.controls import ControlError
     from pipeline.batching import chosen_rows
     from pipeline.hardware import hardware_of
     from pipeline.replica import load_proven
 
     began = time.time() if began is None else began
     torch.set_num_threads(plan.config.engine.threads)
-    computer = load_proven(plan)
+    try:
+        computer = load_proven(plan)
+    except (ModelError, ControlError):
+        raise
+    except ValueError as error:
+        # The pipeline's own checks of its call, which no plan can know.
+        raise ModelError(f"model {plan.model.id!r} refuses this run: {error}") from error
     start_s = time.time() - began
     if plan.config.engine.batch_rows == AUTO:
         computer.plan = plan.with_rows(chosen_rows(plan, computer, hardware_of(computer.pipe.device)))
