@@ -6,6 +6,7 @@ the page cannot say what was not found.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,98 @@ def _range(rates: list[float]) -> str:
     return f"{min(rates):.3g} to {max(rates):.3g}"
 
 
-PARTS = {"targets": targets, "cells": cells, "efficiency": efficiency, "scaling": scaling}
+def store(found: Found) -> str:
+    """Return the shares of writing and measuring, and the speed of the aggregation."""
+    shares, effects = found.figures("store_share"), found.figures("effects")
+    names = {"demo": "the demo's metrics", "demo_with_fields": "the same and two fields"}
+    rows = [
+        (words, f"{100 * shares[key]['write_share']:.2g} %", f"{100 * shares[key]['measure_share']:.2g} %")
+        for key, words in names.items()
+    ]
+    sizes = [
+        (
+            f"{size['gb']:.3g} GB",
+            f"{size['numpy']['processor']:.3g}",
+            f"{size['dask']['processor']:.3g}",
+            f"{size['speed']:.2g}",
+            f"{size['peak_mb']:,} MB",
+        )
+        for size in effects["sizes"].values()
+    ]
+    return (
+        table_of(("a unit with", "writing", "decoding and metrics"), rows)
+        + "\n\n"
+        + table_of(("decoded", "numpy loop, s", "effects, s", "speed", "peak of effects"), sizes)
+        + prose(f"Seconds a GB of the largest store are {effects['linear']:g} of those of the smallest.")
+    )
+
+
+def memory(found: Found) -> str:
+    """Return both peaks."""
+    figures = found.figures("memory")
+    return prose(
+        f"{figures['replica_mib']:,.0f} MiB over {figures['bare_mib']:,.0f} MiB: **{figures['memory_ratio']:g}**, with",
+        f"{figures['rows_per_forward']} rows of a forward, on {figures['device']}.",
+    ).strip()
+
+
+def precision(found: Found) -> str:
+    """Return the runs of both designs."""
+    figures = found.figures("precision")
+    runs, forwards = figures["runs"], figures["row_forwards"]
+    rows = [
+        (words, f"{what['fixed']:,}", f"{what['rounds']:,}", f"**{what['ratio']:g}**")
+        for words, what in (("runs", runs), ("row-forwards", forwards))
+    ]
+    stopped = ", ".join(f"{count} after {n}" for n, count in figures["problems_in_rounds"]["cells"].items())
+    return table_of(("", "every cell equally often", "in rounds", "ratio"), rows) + prose(
+        f"The demo's experiments with {figures['problems']} mazes, {figures['samples']} samples and {figures['steps']}",
+        f"steps; {figures['cells_of_a_sample']} cells, {figures['cells_that_matter']} of them matter, half-width",
+        f"{figures['half_width']:g} of `{figures['metric']}`. Cells stopped: {stopped} problems.",
+    )
+
+
+def wall(found: Found) -> str:
+    """Return predicted and true times."""
+    figures = found.figures("wall_time")
+    names = {"reduced": "a reduced demo", "demo": "the demo"}
+    rows = [
+        (
+            words,
+            f"{figures[key]['predicted_s']:.0f}",
+            f"{figures[key]['actual_s']:.0f}",
+            f"{100 * figures[key]['error']:.0f} %",
+        )
+        for key, words in names.items()
+    ]
+    return table_of(("sweep", "predicted, s", "taken, s", "error"), rows)
+
+
+PARTS = {
+    "targets": targets,
+    "cells": cells,
+    "efficiency": efficiency,
+    "scaling": scaling,
+    "store": store,
+    "memory": memory,
+    "precision": precision,
+    "wall": wall,
+}
 
 
 def render(text: str, found: Found) -> str:
-    """Return the page with the parts between its marks written anew."""
-    return written(text, PARTS, found, "make bench")
+    """Return the page with the parts between its marks written anew; a part whose figures are missing says so."""
+    return written(text, {name: _or_missing(make) for name, make in PARTS.items()}, found, "make bench")
+
+
+def _or_missing(make: Callable[[Found], str]) -> Callable[[Found], str]:
+    def part(found: Found) -> str:
+        try:
+            return make(found)
+        except KeyError as error:
+            return f"`{error.args[0]}` has not been measured: `make bench`."
+
+    return part
 
 
 if __name__ == "__main__":
