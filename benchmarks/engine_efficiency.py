@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.bare import BareDenoiser
 from benchmarks.figures import Bench, Target
 from cluster import Event, UnitDone
 from interventions.run import loop_order, replayed_loops
@@ -54,40 +55,25 @@ def forwards(plan: Plan, unit: Unit) -> Counter[int]:
     return calls
 
 
-class BareDenoiser:
-    """The denoiser of a pipeline of its own, with the arguments that the pipeline gives it half way."""
+def bare_denoiser(plan: Plan) -> BareDenoiser:
+    """Return the denoiser of a plan's model, in a pipeline of its own."""
+    pipe = load_pipeline(plan.model, dtype="float32", device="cpu")
+    return BareDenoiser(pipe, plan.task.inputs(pipe, plan.samples[0], plan.config.sampler))
 
-    def __init__(self, plan: Plan) -> None:
-        pipe = load_pipeline(plan.model, dtype="float32", device="cpu")
-        inputs = plan.task.inputs(pipe, plan.samples[0], plan.config.sampler)
-        seen: list[dict[str, Any]] = []
-        hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-        pipe(**inputs.shared, **inputs.rows([1]), output_type="latent", return_dict=False)
-        hook.remove()
-        self._denoiser, self._given = pipe.transformer, seen[len(seen) // 2]
 
-    def seconds(self, calls: Counter[int]) -> float:
-        """Time some calls, by their number of rows."""
-        total = 0.0
-        for rows, times in calls.items():
-            given = {name: self._of(value, rows) for name, value in self._given.items()}
-            began = time.perf_counter()
-            with torch.no_grad():
-                for _ in range(times):
-                    self._denoiser(**given)
-            total += time.perf_counter() - began
-        return total
-
-    @staticmethod
-    def _of(value: Any, rows: int) -> Any:
-        return value.repeat(rows, *[1] * (value.ndim - 1)) if isinstance(value, torch.Tensor) else value
+def seconds_of(bare: BareDenoiser, calls: Counter[int]) -> float:
+    """Time some calls of a denoiser, by their number of rows."""
+    began = time.perf_counter()
+    for rows, times in calls.items():
+        bare.forwards(rows, times)
+    return time.perf_counter() - began
 
 
 class Meter:
     """Seconds of a sweep between one event and the next, and of the bare forwards that follow each unit."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan, self._bare = plan, BareDenoiser(plan)
+        self._plan, self._bare = plan, bare_denoiser(plan)
         self.sweep_s = self.bare_s = 0.0
         self.row_forwards = 0
         self.by_group: dict[str, list[float]] = {}
@@ -97,7 +83,7 @@ class Meter:
         """Take the time since the last event for the unit's, and run its forwards bare."""
         now = time.perf_counter()
         if isinstance(event, UnitDone) and unit is not None and self._since is not None:
-            bare = self._bare.seconds(forwards(self._plan, unit))
+            bare = seconds_of(self._bare, forwards(self._plan, unit))
             group = self.by_group.setdefault(unit.group, [0.0, 0.0])
             group[0] += now - self._since
             group[1] += bare

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import zarr
 
+from benchmarks.bare import BareDenoiser
 from benchmarks.figures import Bench, Target
 from interventions import kinds as _kinds  # noqa: F401  (registers every kind)
 from interventions.base import KINDS, Intervention
@@ -102,28 +103,6 @@ def inputs_of(shape: Shape, steps: int, device: str, dtype: torch.dtype) -> RunI
     )
 
 
-class Bare:
-    """The denoiser alone, with the arguments that the pipeline gives it in its middle step."""
-
-    def __init__(self, pipe: Any, inputs: RunInputs) -> None:
-        self._denoiser = pipe.transformer
-        seen: list[dict[str, Any]] = []
-        hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-        pipe(**inputs.shared, **inputs.rows([1]), output_type="latent", return_dict=False)
-        hook.remove()
-        self._given = seen[len(seen) // 2]
-
-    def forwards(self, rows: int, times: int) -> None:
-        """Run some forwards of so many rows."""
-        given = {
-            name: v.repeat(rows, *[1] * (v.ndim - 1)) if isinstance(v, torch.Tensor) else v
-            for name, v in self._given.items()
-        }
-        with torch.no_grad():
-            for _ in range(times):
-                self._denoiser(**given)
-
-
 def timed(device: str, what: Callable[[], Any]) -> tuple[float, int]:
     """Return the seconds and the peak bytes of GPU memory that something takes."""
     on_gpu = device.startswith("cuda")
@@ -152,7 +131,7 @@ def measure(shape: Shape, *, steps: int, rows: int, rounds: int, device: str, dt
     rows : of one forward, patches of blocks spread evenly.
     """
     pipe, inputs = pipeline(shape, device, dtype), inputs_of(shape, steps, device, dtype)
-    bare, engine = Bare(pipe, inputs), Engine(pipe, WAN)
+    bare, engine = BareDenoiser(pipe, inputs), Engine(pipe, WAN)
     record = engine.record(inputs)
     seconds: dict[str, float] = {"as_shipped": 0.0, "without_sharing": 0.0, "bare": 0.0}
     peaks = dict.fromkeys(seconds, 0)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.engine_efficiency import BareDenoiser
+from benchmarks.engine_efficiency import bare_denoiser, seconds_of
 from benchmarks.figures import Bench, Target
 from interventions.record import RunInputs
 from pipeline.config import SweepConfig
@@ -140,12 +140,12 @@ def measure(threads: int, *, steps: int, stride: int, naive_cells: int) -> dict[
         both = Comparison(plan)
         units = [unit for unit in plan.units() if unit.group == "map"]
         both.step(units[-1], 1)
-        bare, ms = BareDenoiser(plan), {1: 0.0, plan.rows: 0.0}
+        bare, ms = bare_denoiser(plan), {1: 0.0, plan.rows: 0.0}
         told = []
         for unit in units[stride // 2 :: stride]:
             told.append(both.step(unit, naive_cells))
             for rows in ms:
-                ms[rows] += 1000 * bare.seconds(Counter({rows: 4})) / (4 * rows)
+                ms[rows] += 1000 * seconds_of(bare, Counter({rows: 4})) / (4 * rows)
     finally:
         torch.set_num_threads(before)
     seconds = {

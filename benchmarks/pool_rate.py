@@ -6,13 +6,12 @@ rate of every depth, and the driver's processor time a unit. Sweeps run with the
 
 from __future__ import annotations
 
-import logging
-import os
 import statistics
 import sys
 import time
 from typing import Any
 
+from benchmarks import local_ray
 from benchmarks.figures import Bench, Target
 from cluster import Event, PoolOptions, UnitDone, WorkUnit
 
@@ -64,19 +63,11 @@ def main() -> int:
 
 def measure(units: int, rounds: int, depths: list[int]) -> dict[str, Any]:
     """Run units through windows of each depth, round by round."""
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     import ray
 
     from cluster.ray_pool import RayPool
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 2**20,
-    )
+    local_ray.start(2)
     found: dict[int, list[tuple[float, float]]] = {depth: [] for depth in depths}
     for _ in range(rounds):
         for depth in depths:

@@ -7,8 +7,6 @@ when every replica has its worker until the last unit is done. Printed as JSON: 
 
 from __future__ import annotations
 
-import logging
-import os
 import statistics
 import sys
 import tempfile
@@ -17,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import local_ray
 from benchmarks.figures import Bench, Target
 from cluster import Event, PoolOptions, ReplicaStarted, UnitDone, WorkUnit
 from pipeline.config import SweepConfig
@@ -145,17 +144,9 @@ def compare(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any
 
 def measure(*, rounds: int, samples: int, steps: int, units_of_each: int, seconds: float) -> dict[str, Any]:
     """Measure both pairs on one Ray of two cores."""
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 2**20,
-    )
+    local_ray.start(2)
     try:
         return {
             "two_replicas": compare(

@@ -9,14 +9,13 @@ one by one, and units of half a second, more than can be kept up with, whose ans
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from benchmarks import local_ray
 from benchmarks.figures import Bench
 from cluster import Event, PoolOptions, UnitDone, WorkUnit
 from cluster.pool import Pool
@@ -150,15 +149,7 @@ def measure(replicas: int) -> dict[str, Any]:
     """Run both cases, one after the other, on one Ray."""
     import ray
 
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    ray.init(
-        address="local",
-        num_cpus=HOSTS,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 2**20,
-    )
+    local_ray.start(HOSTS)
     cases = {name: _run(replicas, unit_s, rounds) for name, (unit_s, rounds) in CASES.items()}
     ray.shutdown()
     return {"replicas": replicas, **cases}

@@ -23,16 +23,20 @@ STEPS = 5
 P, S, F, N = (KINDS[k] for k in ("patch", "step_skip", "frame_shuffle", "noise"))
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    """A three-block maze pipeline whose weights are large enough for every edit to matter."""
+def loud_pipeline(seed: int, blocks: int):
+    """Build a maze pipeline whose weights are large enough for every edit to matter."""
     torch.set_num_threads(1)
-    pipe = build_pipeline(7, num_layers=3)
-    generator = torch.Generator().manual_seed(7)
+    pipe = build_pipeline(seed, num_layers=blocks)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in pipe.transformer.parameters():
             p.add_(0.15 * torch.randn(p.shape, generator=generator))
     return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return loud_pipeline(7, blocks=3)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ from interventions.engine import Engine
 from interventions.families.family import family_of
 from interventions.record import Record, RunInputs
 from interventions.sites import Site
-from pipeline.embedded.build import build_pipeline
-from tests.integration.test_engine import inputs_of
+from tests.integration.test_engine import inputs_of, loud_pipeline
 
 P, F, N = (KINDS[k] for k in ("patch", "frame_shuffle", "noise"))
 BLOCKS = 4
@@ -25,13 +24,7 @@ BLOCKS = 4
 
 @pytest.fixture(scope="module")
 def pipe():
-    torch.set_num_threads(1)
-    pipe = build_pipeline(11, num_layers=BLOCKS)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for p in pipe.transformer.parameters():
-            p.add_(0.15 * torch.randn(p.shape, generator=generator))
-    return pipe
+    return loud_pipeline(11, BLOCKS)
 
 
 @pytest.fixture(scope="module")

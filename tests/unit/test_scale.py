@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import cluster, needs
+from benchmarks.figures import Target
 from benchmarks.needs import Measured, Run
 from docs.make_scale import FIGURES, NODES, PAGE, PARTS, RUN, UNITS_S, Found, render
 
@@ -92,13 +93,8 @@ class TestPage:
     def test_kept_verdicts_are_those_of_the_kept_figures(self, found):
         for result in found.benchmarks.values():
             for target in result["targets"]:
-                value = result["figures"]
-                for key in target["figure"].split("."):
-                    value = value[key]
-                assert target["value"] == value
-                assert target["met"] == (
-                    value >= target["limit"] if target["bound"] == "at least" else value <= target["limit"]
-                )
+                bound = Target(**{key: target[key] for key in ("what", "figure", "bound", "limit")})
+                assert bound.judge(result["figures"]) == target
 
 
 def _part(text: str, name: str) -> str:
